@@ -13,17 +13,21 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import io
 import json
+import math
 import os
 import queue
 import random
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,16 +101,20 @@ class Spectra:
     """The spectra of some models, with what is known of the models.
 
     Attributes:
-        values: [voters, models, r], float64, on the CPU.
-        sizes: n, the number of training images, of each model: int64 [models].
+        values: [voters, models, r], float64, on the CPU; a layer of a lower rank than r has zeros at its end.
+        sizes: n, the number of training images, of each model: int64 [models]; 0 if it is not known.
         names: the micro-dataset of each model, strings or integers.
         voters: what each row of `values` is.
+        shapes: layer -> [out, in, rank].
+        notes: what was left out or is unusual, to be said in the report.
     """
 
     values: Tensor
     sizes: Tensor
     names: list[Any]
     voters: list[Voter]
+    shapes: dict[str, list[int]]
+    notes: list[str] = field(default_factory=list)
 
     def of_models(self, models: list[int]) -> Spectra:
         return replace(
@@ -114,8 +122,13 @@ class Spectra:
         )
 
     def of_matrices(self, matrices: Iterable[str]) -> Spectra:
-        rows = [row for row, voter in enumerate(self.voters) if voter.matrix in matrices]
-        return replace(self, values=self.values[rows], voters=[self.voters[row] for row in rows])
+        return self.of_voters([voter for voter in self.voters if voter.matrix in matrices])
+
+    def of_voters(self, voters: list[Voter]) -> Spectra:
+        if voters == self.voters:
+            return self
+        rows = {voter: row for row, voter in enumerate(self.voters)}
+        return replace(self, values=self.values[[rows[voter] for voter in voters]], voters=voters)
 
     def micro_datasets(self) -> list[Any]:
         return sorted(set(self.names))
@@ -152,7 +165,7 @@ def nearest(train: Tensor, test: Tensor) -> Tensor:
     return found
 
 
-def majority(votes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def majority(votes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The size with most votes; among equals the one that was voted first in the order of the voters.
 
     Args:
@@ -160,28 +173,38 @@ def majority(votes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         sizes: the sizes that can be voted for: int64 [sizes].
 
     Returns:
-        The winners, int64 [models], and the share of the votes that each size got, float64 [models, sizes].
+        The winners, int64 [models], the sizes, and the share of the votes that each got, float64 [models, sizes].
     """
     ballots = votes[:, :, None] == sizes  # [voters, models, sizes]
     counts = ballots.sum(0)
     first = ballots.to(torch.uint8).argmax(0)  # the first voter for a size
     first = first.masked_fill(counts < counts.max(-1, keepdim=True).values, len(votes))
-    return sizes[first.argmin(-1)], counts.double() / len(votes)
+    return sizes[first.argmin(-1)], sizes, counts.double() / len(votes)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a predictor says of some models: sizes [models] and the share of the votes that each answer got [models]."""
+    """What a predictor says of some models.
+
+    Attributes:
+        sizes: its answers, [models].
+        candidates: the sizes that it was trained on, in rising order: int64 [sizes].
+        shares: the share of the votes that each of them got, float64 [models, sizes].
+    """
 
     sizes: Tensor
+    candidates: Tensor
     shares: Tensor
+
+
+Predictor = Callable[[Spectra, Spectra], Prediction]
 
 
 def dsire(train: Spectra, test: Spectra) -> Prediction:
     """The paper's predictor: one 1-NN per voter, fitted on `train`, and the majority of their votes on `test`."""
+    candidates = train.sizes.unique()
     votes = train.sizes[nearest(train.values, test.values)]
-    winners, shares = majority(votes, train.sizes.unique())
-    return Prediction(winners, shares.max(-1).values)
+    return Prediction(*majority(votes, candidates))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,29 +278,258 @@ def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights in parquet: the layout of LoRA-WiSE
+# How sure: what held-out votes say of a new model
 
 
-def lora_layers(columns: Iterable[str], file: str) -> dict[str, dict[str, str]]:
-    """Layer -> {"A": column, "B": column}, layers and matrices in the order of the columns.
+@dataclass(frozen=True)
+class Estimate:
+    """What is said of one LoRA file.
+
+    Attributes:
+        file: as the user named it.
+        estimate: the dataset size n.
+        votes: size -> its share of the votes.
+        alike: of the labelled models with a winning share like this one, each left out with its micro-dataset:
+            [lowest share, highest share, how many models, how many of them were right]; empty without held-out votes.
+        confidence_set: the conformal prediction set, sizes in rising order; empty without held-out votes.
+        stated_size: what the file says of itself, 0 if nothing.
+        warnings: what the reader has to know before believing the estimate.
+    """
+
+    file: str
+    estimate: float
+    votes: dict[int, float]
+    alike: list[float]
+    confidence_set: list[int]
+    stated_size: int
+    warnings: list[str]
+
+
+def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confidence: float) -> list[Estimate]:
+    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving micro-datasets out.
+
+    The prediction set is cross-conformal over micro-datasets (Vovk 2015; with micro-datasets, not models, as the
+    exchangeable units: Lee, Barber and Willett 2023). A size's nonconformity is 1 - its share of the votes. With the
+    K micro-datasets left out in turn, s_i the score of the true size of model i in the one left out, and s_k(n) the
+    new model's score of size n at that turn,
+        p(n) = (1 + sum over k of the mean over its models i of [s_i >= s_k(n)]) / (K + 1),
+    and the set holds the sizes with p(n) > 1 - confidence.
+
+    Args:
+        fitted: the labelled models.
+        files: the new models, one each, with the same voters.
+        predictor: one of the predictors above.
+        confidence: the share of new models whose true size the set shall hold, between 0 and 1.
+    """
+    new = replace(files[0], values=torch.cat([file.values for file in files], dim=1))
+    answer = predictor(fitted, new)
+    candidates = answer.candidates
+    micro_datasets = fitted.micro_datasets() if len(set(fitted.names)) > 1 else []
+    at_least_as_strange = torch.zeros(answer.shares.shape, dtype=torch.float64)
+    shares, hits, distances = [], [], []
+    for name in micro_datasets:
+        fold = [model for model, its_name in enumerate(fitted.names) if its_name == name]
+        rest = fitted.of_models([model for model, its_name in enumerate(fitted.names) if its_name != name])
+        held_out = fitted.of_models(fold)
+        both = replace(new, values=torch.cat([held_out.values, new.values], dim=1))
+        turn = predictor(rest, both)
+        votes = torch.zeros(len(turn.shares), len(candidates), dtype=torch.float64)
+        votes[:, torch.isin(candidates, turn.candidates)] = turn.shares  # a size may be in one micro-dataset only
+        true = votes[: len(fold)].gather(1, torch.searchsorted(candidates, held_out.sizes)[:, None])
+        at_least_as_strange += (true[None] <= votes[len(fold) :, None]).double().mean(1)  # s_i >= s_k(n)
+        shares.append(turn.shares[: len(fold)].max(-1).values)
+        hits.append(turn.sizes[: len(fold)] == held_out.sizes)
+        distances.append(nearest_distances(rest, held_out))
+    p = (1 + at_least_as_strange) / (len(micro_datasets) + 1)
+    to_nearest = nearest_distances(fitted, new)
+    strangeness, limit = how_unlike(to_nearest, distances)
+    found = []
+    for row, file in enumerate(files):
+        size, share = answer.sizes[row].item(), float(answer.shares[row].max())
+        warnings = list(file.notes)
+        if not to_nearest[:, row].any():
+            warnings.append("this very model is among the labelled ones")
+        if not micro_datasets:
+            warnings.append("one micro-dataset only: how sure the estimate is can't be told")
+        elif strangeness[row] > limit:
+            warnings.append(
+                f"unlike every labelled model ({strangeness[row] / limit:.1f} times as far as the farthest left-out "
+                "one): another recipe or base model, most likely, and the estimate is not to be trusted"
+            )
+        stated = int(file.sizes[0])
+        if stated and stated != size:
+            warnings.append(f"the estimate disagrees with the size that the file states, {stated}")
+        members = [int(n) for n, its_p in zip(candidates, p[row], strict=True) if its_p > 1 - confidence]
+        found.append(
+            Estimate(
+                str(file.names[0]),
+                size,
+                dict(zip(candidates.tolist(), answer.shares[row].tolist(), strict=True)),
+                models_alike(share, torch.cat(shares), torch.cat(hits)) if micro_datasets else [],
+                members if micro_datasets else [],
+                stated,
+                warnings,
+            )
+        )
+    return found
+
+
+def models_alike(share: float, shares: Tensor, hits: Tensor) -> list[float]:
+    """The tenth of the held-out models (10 at least) whose winning share is nearest: lowest, highest, models, right."""
+    count = min(len(shares), max(10, len(shares) // 10))
+    alike = (shares - share).abs().argsort(stable=True)[:count]
+    return [float(shares[alike].min()), float(shares[alike].max()), count, int(hits[alike].sum())]
+
+
+def nearest_distances(train: Spectra, test: Spectra) -> Tensor:
+    """How far each test model is from its nearest training model, for each voter: [voters, test models]."""
+    index = nearest(train.values, test.values)[..., None].expand(-1, -1, test.values.shape[-1])
+    nearest_spectra = train.values.gather(1, index.to(train.values.device))
+    return torch.linalg.vector_norm(test.values - nearest_spectra, dim=-1).cpu()
+
+
+def how_unlike(distances: Tensor, left_out: list[Tensor]) -> tuple[list[float], float]:
+    """How far new models are from the labelled ones, and the farthest that a left-out model is.
+
+    A model's distance is the median over the voters of its distance to the nearest model, in units of the voter's
+    median for left-out models.
+
+    Args:
+        distances: of the new models, to their nearest, [voters, models].
+        left_out: the same for the labelled models, a tensor for each micro-dataset left out.
+    """
+    if not left_out:
+        return [0.0] * distances.shape[1], 0.0
+    held_out = torch.cat(left_out, dim=1)
+    unit = held_out.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float64).tiny)
+    limit = float((held_out / unit).median(0).values.max())
+    return (distances / unit).median(0).values.tolist(), limit
+
+
+SD_OF_WIDTH = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of the text that cross-attention looks at
+SUBSETS_THAT_FIT = {
+    (768, 8): "low_8",
+    (768, 16): "low_16 medium_16",
+    (768, 32): "low_32 medium_32 high_32",
+    (1024, 32): "medium_32_2",
+}
+
+
+def matched(file: Spectra, fitted: Spectra) -> Spectra:
+    """The file's model on the voters that it shares with the fitted ones; what doesn't fit is counted in its notes.
 
     Raises:
-        DsireError: a layer has one of the two only, or there is none.
+        DsireError: no layer fits; the message says what the file holds and which subset would fit.
+    """
+    common = [layer for layer, shape in fitted.shapes.items() if file.shapes.get(layer) == shape]
+    here, there = kind_of_model(file.shapes), kind_of_model(fitted.shapes)
+    if not common:
+        widths = {shape[1] for layer, shape in file.shapes.items() if layer.endswith("attn2_to_k")}
+        ranks = {shape[2] for shape in file.shapes.values()}
+        fits = [SUBSETS_THAT_FIT.get((width, rank)) for width in widths for rank in ranks]
+        advice = f"--subset with one of: {' '.join(filter(None, fits))}" if any(fits) else "models of its own kind"
+        raise DsireError(f"{file.names[0]} has {here}, and the labelled models {there}: no layer fits; use {advice}")
+    notes = list(file.notes)
+    lacking = fitted.shapes.keys() - file.shapes.keys()
+    unknown = file.shapes.keys() - fitted.shapes.keys()
+    other_shape = len(fitted.shapes) - len(lacking) - len(common)
+    if lacking:
+        notes.append(
+            f"{len(lacking)} of the {len(fitted.shapes)} fitted layers are not in the file, such as {min(lacking)}"
+        )
+    if unknown:
+        notes.append(f"{len(unknown)} layers of the file are unknown to the labelled models, such as {min(unknown)}")
+    if other_shape:
+        notes.append(f"{other_shape} layers have other shapes ({here}) than the labelled models' ({there})")
+    kept = set(common)
+    voters = [voter for voter in fitted.voters if voter.layer in kept]
+    rank = fitted.values.shape[-1]
+    values = file.of_voters(voters).values
+    values = torch.nn.functional.pad(values, (0, max(0, rank - values.shape[-1])))[..., :rank]
+    return replace(file, values=values, voters=voters, notes=notes)
+
+
+def kind_of_model(shapes: dict[str, list[int]]) -> str:
+    """What a set of layers looks like, for messages: layers, ranks, and the width of the cross-attention."""
+    ranks = " ".join(str(rank) for rank in sorted({shape[2] for shape in shapes.values()}))
+    widths = sorted({shape[1] for layer, shape in shapes.items() if layer.endswith("attn2_to_k")})
+    names = [f"{width}" + (f" ({SD_OF_WIDTH[width]})" if width in SD_OF_WIDTH else "") for width in widths]
+    return f"{len(shapes)} layers of rank {ranks}" + (f", cross-attention width {', '.join(names)}" if names else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The names of LoRA matrices, whoever wrote them
+
+# What stands after a layer's path. LoRA-WiSE and old diffusers: .lora.down.weight and .processor.to_q_lora.down.weight;
+# kohya and LyCORIS: .lora_down.weight; PEFT: .lora_A.weight and .lora_A.<adapter>.weight.
+MATRIX_KEY = re.compile(
+    r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<word>down|up|mid)\.weight"
+    r"|\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight"
+    r"|\.lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?(?:\.weight)?"
+    r"|\.(?P<alpha>alpha)"
+    r"|\.(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.[^.]+)*)"
+)
+MATRIX_OF_WORD = {"down": "A", "up": "B", "mid": "mid"}
+NETWORK = re.compile(r"(base_model\.model\.|lora_unet_|lora_transformer_|unet\.|transformer\.|diffusion_model\.)+")
+TEXT_ENCODER = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[._]")
+OTHER_METHODS = {
+    "LoHa": r"\.hada_w",
+    "LoKr": r"\.lokr_w",
+    "(IA)3": r"\.ia3_l|\.on_input$",
+    "VeRA": r"\.vera_|^vera_",
+    "AdaLoRA": r"\.lora_E$|\.lora_E\.",
+    "OFT": r"\.oft_",
+}
+
+
+def layer_name(path: str) -> str:
+    """One name for a layer, whatever prefix and separators its writer gave it.
+
+    >>> layer_name("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0")
+    'down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0'
+    """
+    path = NETWORK.sub("", path, count=1) if NETWORK.match(path) else path
+    text = TEXT_ENCODER.match(path)
+    if text:
+        number = "" if text[1] in ("", "1") else f"_{text[1]}"
+        path = f"text_encoder{number}_{path[text.end() :]}"
+    name = path.replace(".processor.", ".").replace(".", "_")
+    return name + "_0" if name.endswith("_to_out") else name  # old attention processors leave the 0 out
+
+
+def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; and the other keys.
+
+    Raises:
+        DsireError: another method than LoRA, a layer with one of A and B only, the same matrix twice, or no layer.
     """
     layers: dict[str, dict[str, str]] = {}
-    for column in columns:
-        # the whole ending, since "down" also occurs in "down_blocks"
-        match = re.fullmatch(r"(.+)\.lora\.(down|up)\.weight", column)
-        if match:
-            layers.setdefault(match[1], {})["A" if match[2] == "down" else "B"] = column
-    for layer, pair in layers.items():
-        if len(pair) < 2:
-            (there,) = pair.values()
-            missing = f"{layer}.lora.{'up' if 'A' in pair else 'down'}.weight"
-            raise DsireError(f"{file}: column {there} has no partner {missing}")
+    others = []
+    for key in keys:
+        for method, pattern in OTHER_METHODS.items():
+            if re.search(pattern, key):
+                raise DsireError(f"{file}: these are {method} weights ({key}); only plain LoRA can be judged")
+        match = MATRIX_KEY.fullmatch(key)
+        if not match:
+            others.append(key)
+            continue
+        matrix = match["letter"] or match["embedding"] or match["alpha"] or (match["magnitude"] and "magnitude")
+        pair = layers.setdefault(layer_name(match["layer"]), {})
+        if pair.setdefault(matrix or MATRIX_OF_WORD[match["word"]], key) != key:
+            raise DsireError(f"{file}: {key} is the same matrix as {pair[matrix or MATRIX_OF_WORD[match['word']]]}")
+    for pair in layers.values():
+        if not {"A", "B"} <= pair.keys():
+            lone = next(iter(pair.values()))
+            lacking = "B (up)" if "A" in pair else "A (down)" if "B" in pair else "A and B"
+            raise DsireError(f"{file}: {lone} has no partner: the layer's {lacking} is missing")
     if not layers:
-        raise DsireError(f"{file}: no columns named <layer>.lora.down.weight and <layer>.lora.up.weight")
-    return layers
+        kind = "a full checkpoint, not a LoRA" if others else "empty"
+        raise DsireError(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): it is {kind}")
+    return layers, others
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in parquet: the layout of LoRA-WiSE
 
 
 def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
@@ -306,7 +558,8 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     (length,) = lengths
     if length == 0 or length % rank:
         raise DsireError(f"{file}: column {name} has {length} numbers a row, which --rank={rank} does not divide")
-    return torch.utils.dlpack.from_dlpack(flat).to(torch.float64).view(-1, length)
+    values: Tensor = torch.utils.dlpack.from_dlpack(flat)
+    return values.to(torch.float64).view(-1, length)
 
 
 def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
@@ -344,8 +597,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def pair_spectra(file: Any, pair: dict[str, str]) -> list[Tensor]:
+    def pair_spectra(file: Any, pair: dict[str, str]) -> tuple[Tensor, list[int]]:
         groups = []
+        shapes = []
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=list(pair.values()), use_threads=False)
             if not len(table):
@@ -353,12 +607,18 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             flat = {m: matrix_values(table.column(name), name, rank, path.name) for m, name in pair.items()}
             a = flat["A"].view(len(table), rank, -1).to(device)
             b = flat["B"].view(len(table), -1, rank).to(device)
+            shapes.append([b.shape[1], a.shape[2], rank])
             try:
                 groups.append(torch.stack(lora_spectra(a, b)).cpu())
             except FloatingPointError:
                 start = sum(file.metadata.row_group(before).num_rows for before in range(group))
                 name_the_model_that_is_not_finite(flat, pair, sizes[start:].tolist(), names[start:])
-        return list(torch.cat(groups, dim=1))
+        if any(shape != shapes[0] for shape in shapes):
+            lengths = f"{shapes[0][1] * rank} and {shapes[0][0] * rank}"
+            raise DsireError(
+                f"{path.name}: columns {' and '.join(pair.values())} differ from {lengths} numbers in some rows"
+            )
+        return torch.cat(groups, dim=1), shapes[0]
 
     def name_the_model_that_is_not_finite(
         flat: dict[str, Tensor], pair: dict[str, str], its_sizes: list[int], its_names: list[Any]
@@ -376,7 +636,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
                 raise DsireError(f"{path}: no rows; delete the file or fetch it anew")
             columns = file.schema_arrow.names
             sizes, names = model_labels(file.read([name for name in ("label", "name") if name in columns]), path.name)
-            layers = lora_layers(columns, path.name)
+            layers, others = lora_layers(columns, path.name)
             with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
                 runs = [pool.submit(pair_spectra, file, pair) for pair in layers.values()]
                 try:
@@ -387,10 +647,17 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         raise DsireError(
             f"{path} is not a whole parquet file ({first_line(error)}): delete it and fetch it anew"
         ) from error
-    singles = {Voter(layer, m): spectra[layer][MATRICES.index(m)] for layer, pair in layers.items() for m in pair}
-    products = {Voter(layer, "BA"): spectra[layer][2] for layer in layers}
-    voters = singles | products
-    return Spectra(torch.stack(list(voters.values())), sizes, names, list(voters))
+    unused = sorted(set(others) - {"label", "name"})
+    notes = [f"columns that are not LoRA weights, left out: {' '.join(unused)}"] if unused else []
+    order = voters_of(layers)
+    values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
+    return Spectra(values, sizes, names, order, {layer: shape for layer, (_, shape) in spectra.items()}, notes)
+
+
+def voters_of(layers: dict[str, dict[str, str]]) -> list[Voter]:
+    """The voters in the order in which a tie is broken: A and B as the keys stand, then the products."""
+    singles = [Voter(layer, matrix) for layer, pair in layers.items() for matrix in pair if matrix in MATRICES]
+    return singles + [Voter(layer, "BA") for layer in layers]
 
 
 @contextmanager
@@ -413,22 +680,27 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
     """All shards as one; the voters' order is the first shard's.
 
     Raises:
-        DsireError: a shard has other layers than the first one, or another rank.
+        DsireError: a shard has other layers than the first one, or other shapes.
     """
-    voters = shards[0].voters
-    values = []
+    first = shards[0]
     for shard, file in zip(shards, files, strict=True):
-        different = set(shard.voters) ^ set(voters)
-        if different:
-            layer = min(different).layer
-            raise DsireError(f"{file}: layer {layer} is in this shard or in {files[0]}, but not in both")
-        order = {voter: row for row, voter in enumerate(shard.voters)}
-        same = shard.voters == voters
-        values.append(shard.values if same else shard.values[[order[voter] for voter in voters]])
+        for layer in sorted(shard.shapes.keys() ^ first.shapes.keys()):
+            raise DsireError(f"layer {layer} is in only one of the shards {files[0]} and {file}")
+        for layer, shape in shard.shapes.items():
+            if shape != first.shapes[layer]:
+                raise DsireError(
+                    f"{file}: layer {layer} has [out, in, rank] {shape}, and in {files[0]} {first.shapes[layer]}"
+                )
     names = [name for shard in shards for name in shard.names]
     if len({type(name) for name in names}) > 1:  # integers in one shard, strings in another
         names = [str(name) for name in names]
-    return Spectra(torch.cat(values, dim=1), torch.cat([shard.sizes for shard in shards]), names, voters)
+    return replace(
+        first,
+        values=torch.cat([shard.of_voters(first.voters).values for shard in shards], dim=1),
+        sizes=torch.cat([shard.sizes for shard in shards]),
+        names=names,
+        notes=list(dict.fromkeys(note for shard in shards for note in shard.notes)),
+    )
 
 
 def what_is_unusual(spectra: Spectra) -> list[str]:
@@ -447,6 +719,234 @@ def what_is_unusual(spectra: Spectra) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Weights in LoRA files: what people hold on disk
+
+SAFE_ENDINGS = (".safetensors",)
+PICKLE_ENDINGS = (".bin", ".pt", ".ckpt", ".pth")
+WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
+
+
+class Weights(NamedTuple):
+    """An open weights file: its keys, a function that reads the tensor of a key, and its header of strings."""
+
+    keys: list[str]
+    tensor: Callable[[str], Tensor]
+    header: dict[str, str]
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Weights]:
+    """Open a .safetensors file, or a pickle without running it; tensors are read one by one.
+
+    Raises:
+        DsireError: the file is not what its ending says, or a pickle that holds more than tensors.
+    """
+    if not path.is_file():
+        raise DsireError(f"{path}: no such file")
+    if path.suffix.lower() in PICKLE_ENDINGS:
+        tensors = unpickled_tensors(path)
+        yield Weights(list(tensors), tensors.__getitem__, {})
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield Weights(list(file.keys()), file.get_tensor, file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise DsireError(f"{path} can't be read as safetensors ({first_line(error)}); fetch it anew") from error
+
+
+def unpickled_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # only a zip archive can be mapped; the older form is read whole
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
+        raise DsireError(
+            f"{path} can't be read as plain tensors ({first_line(error)[:120]}); pickles that hold more are not loaded"
+        ) from error
+    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise DsireError(f"{path} holds {type(content).__name__}, not a dictionary of tensors")
+    return {str(key): tensor for key, tensor in content.items() if isinstance(tensor, Tensor)}
+
+
+def peft_config(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """LoRA's settings: from the header (diffusers), or adapter_config.json beside the file (PEFT), or {}."""
+    beside = path.with_name("adapter_config.json")
+    if "lora_adapter_metadata" in header:
+        text, place = header["lora_adapter_metadata"], f"the header of {path}"
+    elif beside.is_file():
+        text, place = beside.read_text(encoding="utf-8", errors="replace"), str(beside)
+    else:
+        return {}
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DsireError(f"{place} is not JSON ({first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise DsireError(f"{place} is not a JSON object")
+    method = str(config.get("peft_type") or "LORA")
+    if method.upper() != "LORA":
+        raise DsireError(f"{path.name}: {place} says these are {method} weights; only plain LoRA can be judged")
+    return config
+
+
+def peft_scale(config: dict[str, Any], layer: str, rank: int) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) for rslora; alpha_pattern gives some layers another alpha.
+
+    Args:
+        config: of PEFT; diffusers puts the network's name before each of its keys ("unet.lora_alpha").
+        layer: the path of the layer as it stands in the file.
+        rank: r of this layer, from the shape of A: so rank_pattern needs no reading.
+    """
+    path = layer.removeprefix("base_model.model.")
+    network, _, inside = path.partition(".")
+    own = {key.removeprefix(f"{network}."): value for key, value in config.items() if key.startswith(f"{network}.")}
+    config, path = (own, inside) if own else (config, path)
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.search(r"\)[*+{]", pattern):  # a repeated group can take for ever to match
+            raise DsireError(f"alpha_pattern {pattern!r} repeats a group; write it without")
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            alpha = value
+            break
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Every LoRA layer of a file, one at a time: its name, A [r, in], B [out, r] in float64, and the scale of BA.
+
+    A convolution's A [r, in, k, k] is taken as [r, in k k]. LoCon's middle matrix [r, r, k, k] is made part of A.
+
+    Raises:
+        DsireError: matrices that do not fit each other, or not of floating point numbers.
+    """
+    layers, _ = lora_layers(weights.keys, path.name)
+    config = peft_config(path, weights.header)
+    for layer, pair in layers.items():
+        a, b = weights.tensor(pair["A"]), weights.tensor(pair["B"])
+        for key, matrix in ((pair["A"], a), (pair["B"], b)):
+            if (
+                not matrix.is_floating_point()
+                or matrix.layout != torch.strided
+                or matrix.ndim < 2
+                or not matrix.numel()
+            ):
+                kind = f"{str(matrix.dtype).removeprefix('torch.')} of shape {list(matrix.shape)}"
+                raise DsireError(f"{path.name}: {key} is {kind}, not a matrix of floating point numbers")
+        a, b = a.to(torch.float64), b.to(torch.float64)
+        rank = a.shape[0]
+        if "mid" in pair:
+            middle = weights.tensor(pair["mid"]).to(torch.float64)
+            if middle.ndim < 2 or middle.shape[1] != rank or a[0, 0].numel() != 1:
+                raise DsireError(f"{path.name}: {pair['mid']} {list(middle.shape)} does not fit {list(a.shape)}")
+            a, rank = torch.einsum("ij...,jm->im...", middle, a.flatten(1)), middle.shape[0]
+        if b.flatten(1).shape[1] != rank:
+            raise DsireError(f"{path.name}: {pair['A']} has rank {rank} and {pair['B']} {list(b.shape)} has another")
+        if "alpha" in pair:
+            scale = float(weights.tensor(pair["alpha"]).to(torch.float64).reshape(-1)[0]) / rank
+        elif config:
+            match = MATRIX_KEY.fullmatch(pair["A"])
+            assert match is not None
+            scale = peft_scale(config, match["layer"], rank)
+        else:
+            scale = 1.0
+        yield layer, a.flatten(1), b.flatten(1), scale
+
+
+def file_spectra(path: Path) -> Spectra:
+    """The spectra of one LoRA file: a single model, whose size is what the file itself states (0 if it doesn't).
+
+    Raises:
+        DsireError: the file can't be read, is not plain LoRA, or holds weights that are not finite.
+    """
+    spectra, shapes = {}, {}
+    with open_weights(path) as weights:
+        layers, others = lora_layers(weights.keys, path.name)
+        for layer, a, b, scale in lora_matrices(path, weights):
+            try:
+                single_a, single_b, product = lora_spectra(a, b)
+            except FloatingPointError:
+                a_key, b_key = layers[layer]["A"], layers[layer]["B"]
+                raise DsireError(
+                    f"{path.name}: {a_key} or {b_key} has weights that are NaN, infinite or too large"
+                ) from None
+            if not math.isfinite(scale):
+                raise DsireError(f"{path.name}: the alpha of {layers[layer]['A']} is {scale}")
+            spectra[layer] = {"A": single_a, "B": single_b, "BA": product * abs(scale)}
+            shapes[layer] = [b.shape[0], a.shape[1], a.shape[0]]
+        stated = stated_size(weights.header)
+        scaled = all("alpha" in pair for pair in layers.values()) or peft_config(path, weights.header)
+    notes = []
+    if others:
+        notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {others[0]}")
+    if any("magnitude" in pair for pair in layers.values()):
+        notes.append("DoRA: the magnitude vectors are set aside, only A and B are judged")
+    if not scaled and any(".lora_A" in pair["A"] for pair in layers.values()):
+        notes.append("the file does not state alpha (no adapter_config.json): BA is taken with scale 1")
+    untrained = sum(not bool(values["BA"].any()) for values in spectra.values())
+    if untrained:
+        all_of_them = "untrained: BA is zero in every layer, an estimate means nothing"
+        notes.append(all_of_them if untrained == len(layers) else f"BA is zero in {untrained} of {len(layers)} layers")
+    if stated:
+        notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
+    rank = max(shape[2] for shape in shapes.values())
+    voters = voters_of(layers)
+    rows = [spectra[voter.layer][voter.matrix] for voter in voters]
+    values = torch.stack([torch.nn.functional.pad(row, (0, rank - len(row))) for row in rows])[:, None]
+    return Spectra(values, torch.tensor([stated[0] if stated else 0]), [str(path)], voters, shapes, notes)
+
+
+def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
+    """The number of training images that kohya's metadata state, without repeats, and the key that states it."""
+
+    def parsed(key: str) -> Any:
+        try:
+            return json.loads(header.get(key, "null"))
+        except (ValueError, RecursionError):
+            return None
+
+    def whole(number: Any) -> int:
+        return number if isinstance(number, int) and not isinstance(number, bool) and number > 0 else 0
+
+    folders = parsed("ss_dataset_dirs")
+    if isinstance(folders, dict):
+        images = sum(whole(folder.get("img_count")) for folder in folders.values() if isinstance(folder, dict))
+        if images:
+            return images, "ss_dataset_dirs"
+    sets = parsed("ss_datasets")
+    parts = [
+        part
+        for one in (sets if isinstance(sets, list) else [])
+        if isinstance(one, dict) and isinstance(one.get("subsets"), list)
+        for part in one["subsets"]
+        if isinstance(part, dict) and not part.get("is_reg")
+    ]
+    images = sum(whole(part.get("img_count")) for part in parts)
+    if images:
+        return images, "ss_datasets"
+    images, repeats = whole(parsed("ss_num_train_images")), whole(parsed("ss_num_repeats"))
+    if images and not images % (repeats or 1):
+        return images // (repeats or 1), "ss_num_train_images" + ("" if repeats else ", repeats not stated")
+    return None
+
+
+def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The LoRA files below a folder, sorted, and notes of what is left out.
+
+    Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts)
+    safe = [path for path in found if path.suffix.lower() in SAFE_ENDINGS]
+    pickles = [path for path in found if path.suffix.lower() in PICKLE_ENDINGS]
+    beside = {path.parent for path in safe}
+    left_out = [path for path in pickles if path.parent in beside]
+    notes = [f"{len(left_out)} pickles beside safetensors in {folder} are left out"] if left_out else []
+    return sorted({*safe, *pickles} - {*left_out}), notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Where the weights come from: a folder or the Hub, and the cache of spectra
 
 
@@ -461,12 +961,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a subset. `commit` is the Hub's commit hash, or "" for a folder."""
+    """The files of a subset. `commit` is the Hub's commit hash, or "" for a folder; `column` one of A, if known."""
 
     dataset: str
     subset: str
     commit: str
     shards: list[Shard]
+    column: str = ""
 
 
 def find_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> tuple[Source, list[str]]:
@@ -485,14 +986,16 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
     place = str(folder.resolve()) if local else dataset
     note = cache / "sources" / (re.sub(r"[^\w.-]+", "--", f"{place}@{revision or ''}-{subset or ''}") + ".json")
     known = read_source(note)
-    notes = []
+    notes: list[str] = []
+    if local and not any(folder.rglob("*.parquet")):
+        return lora_folder(folder), notes
     if local:
         state = folder_state(folder)
     elif known and revision == known[1].commit:
         state = revision
     else:
         try:
-            state = hub_commit(dataset, revision)
+            state = patiently(hub_commit, dataset, revision)
         except HubUnreachable as error:
             if not known:
                 raise
@@ -500,9 +1003,19 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
             notes.append(f"{error}; going on with commit {known[1].commit[:12]}, as found before")
     if known and known[0] == state:
         return known[1], notes
-    source = resolve(dataset, subset, None if local else state)
+    source = patiently(resolve, dataset, subset, None if local else state)
     write_whole(note, json.dumps({"state": state, **asdict(source)}, indent=1).encode())
     return source, notes
+
+
+def lora_folder(folder: Path) -> Source:
+    """A folder of LoRA files as a subset of its own, one file a shard."""
+    files, _ = weight_files(folder)
+    if not files:
+        raise DsireError(f"--dataset={folder} holds neither parquet nor LoRA files ({' '.join(WEIGHT_ENDINGS)})")
+    stats = [(str(file), file.stat()) for file in files]
+    shards = [Shard(file, stat.st_size, f"mtime-{stat.st_mtime_ns}") for file, stat in stats]
+    return Source(str(folder), folder.resolve().name, "", shards)
 
 
 def read_source(note: Path) -> tuple[str, Source] | None:
@@ -522,7 +1035,11 @@ def folder_state(folder: Path) -> str:
 
 
 class HubUnreachable(DsireError):
-    """The Hub gave no answer, so that what is in the cache may be used instead."""
+    """The Hub can't be asked, so that what is in the cache may be used instead."""
+
+
+class HubBusy(HubUnreachable):
+    """The Hub, or the way to it, failed in a way that may pass: worth another try."""
 
 
 @contextmanager
@@ -530,34 +1047,41 @@ def hub_errors(what: str) -> Iterator[None]:
     """Turn what huggingface_hub and datasets raise into one line that says what to do."""
     from huggingface_hub import constants, errors
 
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of httpx, whose name depends on huggingface_hub's version
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of httpx, or httpx2: it depends on the version
+    reach = f"{what}: {constants.ENDPOINT} can't be reached"
     try:
         yield
     except errors.GatedRepoError as error:
-        raise DsireError(
-            f"{what} is gated: ask for access on its page, then set HF_TOKEN to a token of your account"
-        ) from error
+        raise DsireError(f"{what} is gated: ask for access on its page, then set HF_TOKEN to your token") from error
     except errors.RevisionNotFoundError as error:
         raise DsireError(f"{what} has no such --revision; give one of its branches, tags or commits") from error
     except errors.RepositoryNotFoundError as error:
-        raise DsireError(
-            f"{what} was not found on {constants.ENDPOINT}: check the name, and set HF_TOKEN if it is private"
-        ) from error
+        message = f"{what} was not found on {constants.ENDPOINT}: check the name, and set HF_TOKEN if it is private"
+        raise DsireError(message) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise DsireError(f"{what} is listed but not there ({first_line(error)}); try another --revision") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            raise HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it") from error
+        raise HubUnreachable(f"{reach} ({first_line(error)}): check the network, or HF_ENDPOINT") from error
     except errors.HfHubHTTPError as error:
-        raise HubUnreachable(f"{what}: the Hub answered {first_line(error)}; try again later") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise HubUnreachable(f"{what} can't be fetched: HF_HUB_OFFLINE is set; unset it") from error
+        status = error.response.status_code
+        if status in (401, 403):
+            raise DsireError(f"{what}: the Hub refused the token (HTTP {status}); check HF_TOKEN") from error
+        raise HubBusy(f"{what}: the Hub answers with HTTP {status}; try again later") from error
     except (http_error, ConnectionError, TimeoutError) as error:
-        raise HubUnreachable(
-            f"{what}: {constants.ENDPOINT} can't be reached ({first_line(error)}): check the network or HF_ENDPOINT"
-        ) from error
+        kind = HubUnreachable if "Connect" in type(error).__name__ else HubBusy
+        raise kind(f"{reach} ({first_line(error)}): check the network, or HF_ENDPOINT") from error
 
 
-def quiet_libraries() -> None:
-    """The libraries' own chatter would bury the report; their errors come as exceptions."""
-    import huggingface_hub
-
-    huggingface_hub.logging.set_verbosity_error()
+def patiently(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call, and call again after 1 and 5 seconds while the Hub is busy; huggingface_hub retries only some requests."""
+    for wait in (1, 5):
+        try:
+            return call(*arguments)
+        except HubBusy:
+            time.sleep(wait)
+    return call(*arguments)
 
 
 def hub_commit(dataset: str, revision: str | None) -> str:
@@ -576,10 +1100,12 @@ def resolve(dataset: str, subset: str | None, commit: str | None) -> Source:
         DsireError: an unknown subset (with the list of those that exist), or a subset without parquet files.
     """
     import datasets
+    import huggingface_hub
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.hf_api import RepoFile
 
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()  # the libraries' errors come as exceptions
+    huggingface_hub.logging.set_verbosity_error()
     what = f"dataset {dataset}"
     with hub_errors(what):
         try:
@@ -589,21 +1115,24 @@ def resolve(dataset: str, subset: str | None, commit: str | None) -> Source:
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
             builder = datasets.load_dataset_builder(dataset, subset or configs[0], revision=commit)
-        except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
-            raise DsireError(f"{what} has no data to read ({first_line(error)})") from error
+        except FileNotFoundError as error:  # DatasetNotFoundError is one, too
+            reason = re.sub(r" with any supported extension.*", "", first_line(error))  # a list of a hundred
+            if "gated" in reason:
+                reason += "; set HF_TOKEN to a token of an account that has access"
+            raise DsireError(f"{what} has no data to read: {reason}") from error
         files = [file for split in (builder.config.data_files or {}).values() for file in split]
         wrong = [file for file in files if not file.endswith(".parquet")]
         if wrong or not files:
             found = f"{Path(wrong[0]).name}, which is not" if wrong else "no"
             raise DsireError(f"{what}: subset {builder.config.name} has {found} parquet")
+        column = next((column for column in builder.info.features or {} if column not in ("label", "name")), "")
         if commit is None:
             stats = [(str(file), Path(file).stat()) for file in files]
             shards = [Shard(file, stat.st_size, f"mtime-{stat.st_mtime_ns}") for file, stat in stats]
-            return Source(dataset, builder.config.name, "", shards)
+            return Source(dataset, builder.config.name, "", shards, column)
         repository, paths = dataset, []
         for file in files:
-            place = HfFileSystem().resolve_path(file)
-            assert isinstance(place, HfFileSystemResolvedRepositoryPath)
+            place: Any = HfFileSystem().resolve_path(file)
             repository = place.repo_id
             paths.append(place.path_in_repo)
         facts = HfApi().get_paths_info(repository, paths, repo_type="dataset", revision=commit)
@@ -612,9 +1141,8 @@ def resolve(dataset: str, subset: str | None, commit: str | None) -> Source:
         for fact in facts
         if isinstance(fact, RepoFile)
     ]
-    return Source(
-        places[0].repo_id, builder.config.name, commit, sorted(shards, key=lambda shard: paths.index(shard.file))
-    )
+    shards.sort(key=lambda shard: paths.index(shard.file))
+    return Source(repository, builder.config.name, commit, shards, column)
 
 
 def fetch(source: Source, shard: Shard, cache: Path) -> Path:
@@ -706,8 +1234,9 @@ def spectra_file(shard: Shard, rank: int, cache: Path) -> Path:
 def save_spectra(spectra: Spectra, shard: Shard, rank: int, cache: Path) -> None:
     from safetensors.torch import save
 
-    about = {"key": cache_key(shard, rank), "names": json.dumps(spectra.names), "voters": json.dumps(spectra.voters)}
-    content = save({"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}, about)
+    about = {"voters": spectra.voters, "names": spectra.names, "shapes": spectra.shapes, "notes": spectra.notes}
+    header = {"key": cache_key(shard, rank), "about": json.dumps(about)}
+    content = save({"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}, header)
     write_whole(spectra_file(shard, rank, cache), content)
 
 
@@ -717,11 +1246,11 @@ def load_spectra(shard: Shard, rank: int, cache: Path) -> Spectra | None:
 
     try:
         with safe_open(spectra_file(shard, rank, cache), "pt") as file:
-            about = file.metadata()
-            if about["key"] != cache_key(shard, rank):
+            if file.metadata()["key"] != cache_key(shard, rank):
                 return None
-            voters = [Voter(*voter) for voter in json.loads(about["voters"])]
-            return Spectra(file.get_tensor("spectra"), file.get_tensor("sizes"), json.loads(about["names"]), voters)
+            about = json.loads(file.metadata()["about"])
+            about["voters"] = [Voter(*voter) for voter in about["voters"]]
+            return Spectra(file.get_tensor("spectra"), file.get_tensor("sizes"), **about)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 
@@ -737,7 +1266,7 @@ def fetched_ahead(source: Source, shards: list[Shard], cache: Path) -> Iterator[
     def download() -> None:
         while True:
             try:
-                paths.put(fetch(source, turns.get(), cache))
+                paths.put(patiently(fetch, source, turns.get(), cache))
             except BaseException as error:  # it belongs to the caller, who raises it
                 paths.put(error)
 
@@ -760,8 +1289,11 @@ def subset_spectra(source: Source, rank: int, cache: Path, device: str = "cpu", 
     """
     from tqdm import tqdm
 
-    found = {shard: load_spectra(shard, rank, cache) for shard in source.shards}
-    missing = [shard for shard, spectra in found.items() if spectra is None]
+    if source.shards[0].file.endswith(WEIGHT_ENDINGS):
+        return folder_spectra(source, cache)
+    cached = {shard: load_spectra(shard, rank, cache) for shard in source.shards}
+    missing = [shard for shard, spectra in cached.items() if spectra is None]
+    found = {shard: spectra for shard, spectra in cached.items() if spectra is not None}
     progress = tqdm(total=len(source.shards), initial=len(source.shards) - len(missing), unit="shard", disable=None)
     with progress:
         for shard, path in fetched_ahead(source, missing, cache):
@@ -774,18 +1306,130 @@ def subset_spectra(source: Source, rank: int, cache: Path, device: str = "cpu", 
     return join_shards([found[shard] for shard in source.shards], [shard.file for shard in source.shards])
 
 
-def rank_of(subset: str, rank: int | None) -> int:
+def cached_file_spectra(shard: Shard, cache: Path) -> Spectra:
+    found = load_spectra(shard, 0, cache)
+    if found is None:
+        found = file_spectra(Path(shard.file))
+        save_spectra(found, shard, 0, cache)
+    return found
+
+
+def folder_spectra(source: Source, cache: Path) -> Spectra:
+    """The spectra of a folder of LoRA files, on the layers that all of them have.
+
+    Sizes and micro-datasets come from the folder's metadata.csv (file_name,label,name), or else from the files.
+
+    Raises:
+        DsireError: metadata.csv can't be read, no file has a size, or no layer is in all of them.
+    """
+    from tqdm import tqdm
+
+    folder = Path(source.dataset)
+    _, notes = weight_files(folder)
+    labels = metadata_csv(folder / "metadata.csv")
+    with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [pool.submit(cached_file_spectra, shard, cache) for shard in source.shards]
+        try:
+            files = [run.result() for run in tqdm(runs, unit="file", disable=None)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    known = []
+    for shard, file in zip(source.shards, files, strict=True):
+        name = Path(shard.file).relative_to(folder).as_posix()
+        size, micro_dataset = labels.pop(name, (0, name)) if labels is not None else (int(file.sizes[0]), name)
+        notes += [f"{name}: {note}" for note in file.notes]
+        if size:
+            known.append(replace(file, sizes=torch.tensor([size]), names=[micro_dataset]))
+        else:
+            notes.append(f"{name} is left out: " + ("not in metadata.csv" if labels is not None else "no size stated"))
+    if labels:
+        raise DsireError(f"{folder / 'metadata.csv'} lists {next(iter(labels))}, which is not there")
+    if not known:
+        raise DsireError(f"no file in {folder} has a size: write {folder / 'metadata.csv'} with file_name,label,name")
+    shapes = [file.shapes for file in known]
+    common = [layer for layer, shape in shapes[0].items() if all(other.get(layer) == shape for other in shapes)]
+    if not common:
+        raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
+    dropped = {layer for its_shapes in shapes for layer in its_shapes} - set(common)
+    if dropped:
+        notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
+    voters = [voter for voter in known[0].voters if voter.layer in set(common)]
+    rank = max(shapes[0][layer][2] for layer in common)
+    values = [file.of_voters(voters).values for file in known]
+    padded = [torch.nn.functional.pad(value, (0, rank - min(rank, value.shape[-1])))[..., :rank] for value in values]
+    return Spectra(
+        torch.cat(padded, dim=1),
+        torch.cat([file.sizes for file in known]),
+        [name for file in known for name in file.names],
+        voters,
+        {layer: shapes[0][layer] for layer in common},
+        notes,
+    )
+
+
+def metadata_csv(path: Path) -> dict[str, tuple[int, str]] | None:
+    """file_name -> (label, name) from the metadata.csv of a folder; None without one."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        labels = {}
+        for row in rows:
+            name = row["file_name"]
+            if not row["label"].strip().isdecimal() or not int(row["label"]):
+                raise DsireError(f"{path}: label {row['label']!r} of {name} is not a whole number from 1 up")
+            labels[Path(name).as_posix()] = (int(row["label"]), row.get("name") or name)
+    except KeyError as error:
+        raise DsireError(f"{path} has no column {error}; it needs file_name and label, and may have name") from error
+    except (OSError, ValueError, AttributeError, csv.Error) as error:
+        raise DsireError(f"{path} can't be read ({first_line(error)})") from error
+    return labels
+
+
+def files_to_predict(item: str, cache: Path) -> list[Path]:
+    """The weight files that the user means: a file, those of a folder, or those of a Hub repository.
+
+    Raises:
+        DsireError: there is no such file, folder or repository, or no weight file in it.
+    """
+    path = Path(item)
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", item)
+        if not match or match[1].endswith(WEIGHT_ENDINGS):
+            raise DsireError(f"{item}: no such file or folder")
+        from huggingface_hub import snapshot_download
+
+        patterns = [match[2]] if match[2] else [f"*{ending}" for ending in SAFE_ENDINGS]
+        with hub_errors(f"repository {match[1]}"), disk_errors(cache / "hub"):
+            path = Path(
+                snapshot_download(match[1], cache_dir=cache / "hub", allow_patterns=[*patterns, "*adapter_config.json"])
+            )
+    if path.is_dir():
+        files, _ = weight_files(path)
+        if not files:
+            raise DsireError(f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)})")
+        return files
+    return [path]
+
+
+def rank_of(source: Source, rank: int | None) -> int:
     """The rank of the LoRAs in a subset: `rank`, or the one in its name, such as 32 in medium_32_2.
 
     Raises:
         DsireError: neither says it, or they contradict each other.
     """
-    match = re.fullmatch(r"[a-z]+_(\d+)(_\d+)?", subset)
+    if source.shards[0].file.endswith(WEIGHT_ENDINGS):
+        return 0  # such files say it themselves, layer by layer
+    match = re.fullmatch(r"[a-z]+_(\d+)(_\d+)?", source.subset)
     named = int(match[1]) if match else None
     if rank is None and named is None:
-        raise DsireError(f"subset {subset} doesn't have the rank in its name: give it with --rank")
+        raise DsireError(f"subset {source.subset} doesn't have the rank in its name: give it with --rank")
     if rank is not None and named is not None and rank != named:
-        raise DsireError(f"--rank={rank} contradicts the name of subset {subset}, whose rank is {named}")
+        column = f" (column {source.column})" if source.column else ""
+        raise DsireError(f"--rank={rank} contradicts the name of subset {source.subset}, whose rank is {named}{column}")
     return rank or named or 0
 
 
@@ -793,13 +1437,19 @@ def rank_of(subset: str, rank: int | None) -> int:
 # The report
 
 
-def print_report(spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]) -> None:
-    subset, matrices = settings["subset"], settings["matrices"]
+def describe(spectra: Spectra, settings: dict[str, Any]) -> str:
     sizes = " ".join(str(size) for size in spectra.sizes.unique().tolist())
-    micro_datasets, train_size = len(spectra.micro_datasets()), settings["train_size"]
-    layers = len({voter.layer for voter in spectra.voters})
-    print(f"{subset}: {len(spectra.names)} models, {micro_datasets} micro-datasets, sizes {sizes}")
-    print(f"rank {settings['rank']}, {layers} layers x {' '.join(matrices)} = {len(spectra.voters)} voters")
+    micro_datasets = len(spectra.micro_datasets())
+    kind = kind_of_model({voter.layer: spectra.shapes[voter.layer] for voter in spectra.voters})
+    return (
+        f"{settings['subset']}: {len(spectra.names)} models, {micro_datasets} micro-datasets, sizes {sizes}\n"
+        f"{kind}; matrices {' '.join(settings['matrices'])}, so {len(spectra.voters)} voters"
+    )
+
+
+def print_report(spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]) -> None:
+    train_size, micro_datasets = settings["train_size"], len(spectra.micro_datasets())
+    print(describe(spectra, settings))
     print(
         f"{len(experiments)} experiments: {train_size} micro-datasets to train, {micro_datasets - train_size} to test"
     )
@@ -807,8 +1457,8 @@ def print_report(spectra: Spectra, experiments: list[Experiment], settings: dict
         print(f"note: {note}")
     print(f"\n{'':8}{'MAE':>15}{'MAPE %':>17}{'accuracy %':>17}")
     rows = {"DSiRe": list(mean_and_std(experiments).values())}
-    if subset in PAPER and set(matrices) == set(MATRICES):
-        rows["paper"] = list(PAPER[subset])
+    if settings["subset"] in PAPER and set(settings["matrices"]) == set(MATRICES):
+        rows["paper"] = list(PAPER[settings["subset"]])
     for row, values in rows.items():
         print(
             f"{row:8}"
@@ -820,24 +1470,64 @@ def write_report(
     output: Path, spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]
 ) -> None:
     """report.json and predictions.csv, for programs."""
-    packages = ("torch", "numpy", "scikit-learn", "huggingface_hub", "datasets", "pyarrow", "safetensors")
     summary = mean_and_std(experiments)
     report = {
         "settings": settings,
-        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in packages}},
+        "versions": versions(),
         "notes": notes,
         "experiments": [{"mae": run.mae, "mape": run.mape, "accuracy": run.accuracy} for run in experiments],
         "mean": {metric: mean for metric, (mean, _) in summary.items()},
         "std": {metric: std for metric, (_, std) in summary.items()},
     }
     write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    with disk_errors(output), (output / "predictions.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["experiment", "name", "size", "predicted", "vote_share"])
-        for number, run in enumerate(experiments, start=1):
-            answers = zip(run.test, run.prediction.sizes.tolist(), run.prediction.shares.tolist(), strict=True)
-            for model, predicted, share in answers:
-                rows.writerow([number, spectra.names[model], int(spectra.sizes[model]), predicted, f"{share:.4f}"])
+    table: list[list[Any]] = [["experiment", "name", "size", "predicted", "vote_share"]]
+    for number, run in enumerate(experiments, start=1):
+        shares = run.prediction.shares.max(-1).values.tolist()
+        for model, predicted, share in zip(run.test, run.prediction.sizes.tolist(), shares, strict=True):
+            table.append([number, spectra.names[model], int(spectra.sizes[model]), predicted, f"{share:.4f}"])
+    write_table(output / "predictions.csv", table)
+
+
+def print_estimate(estimate: Estimate, confidence: float) -> None:
+    votes = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
+    print(f"\n{estimate.file}: {estimate.estimate:g} image{'s' if estimate.estimate != 1 else ''}")
+    print("  votes     " + ", ".join(f"{size}: {share:.0%}" for size, share in votes if share))
+    if estimate.alike:
+        low, high, models, right = estimate.alike
+        print(
+            f"  like it   of {models:g} left-out models with {low:.0%} to {high:.0%} of the votes, {right:g} were right"
+        )
+        members = " or ".join(str(size) for size in estimate.confidence_set) or "none of the sizes"
+        print(f"  so        {members}, with {confidence:.0%} confidence")
+    if estimate.stated_size:
+        print(f"  stated    {estimate.stated_size}")
+    for warning in estimate.warnings:
+        print(f"  note      {warning}")
+
+
+def write_estimates(output: Path, found: list[Estimate], settings: dict[str, Any], notes: list[str]) -> None:
+    """estimates.csv, one row a file, and the same in report.json."""
+    about = {"settings": settings, "versions": versions(), "notes": notes}
+    report = {**about, "estimates": [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]}
+    write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    table = [["file", "estimate", "vote_share", "confidence_set", "stated_size", "warnings"]]
+    for one in found:
+        members = " ".join(str(size) for size in one.confidence_set)
+        share = f"{max(one.votes.values()):.4f}"
+        row = [one.file, f"{one.estimate:g}", share, members, str(one.stated_size or ""), "; ".join(one.warnings)]
+        table.append(row)
+    write_table(output / "estimates.csv", table)
+
+
+def write_table(path: Path, rows: list[list[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "numpy", "scikit-learn", "huggingface_hub", "datasets", "pyarrow", "safetensors")
+    return {"python": sys.version.split()[0], **{package: version(package) for package in packages}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -857,6 +1547,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return number
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -871,7 +1571,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="which ones vote (%(default)s)")
     add("--device", help="cuda, cpu, ... (default: cuda if available)")
     add("--keep_shards", action="store_true", help="keep downloads after their spectra are computed")
-    add("--output", type=Path, help="folder for report.json and predictions.csv")
+    add("--predict", nargs="+", metavar="LORA", help="estimate for these files, folders or Hub repositories instead")
+    add("--confidence", type=share, default=0.9, help="of the set of sizes that --predict names (%(default)s)")
+    add("--output", type=Path, help="folder for report.json, and predictions.csv or estimates.csv")
     return parser
 
 
@@ -885,41 +1587,83 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def run(arguments: argparse.Namespace) -> None:
-    notes = []
+def run(arguments: argparse.Namespace) -> int:
+    notes: list[str] = []
     if arguments.subset is None and arguments.dataset is None:
         arguments.dataset, arguments.subset = str(SHIPPED), SHIPPED_SUBSET
         notes.append("no --subset was given: this is the small subset that ships with the script")
     device = choose_device(arguments.device)
     cache = arguments.cache_dir
     source, said = find_source(arguments.dataset or LORA_WISE, arguments.subset, arguments.revision, cache)
-    rank = rank_of(source.subset, arguments.rank)
+    rank = rank_of(source, arguments.rank)
     spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards)
-    notes += said + what_is_unusual(spectra)
+    notes += said + spectra.notes + what_is_unusual(spectra)
     spectra = spectra.of_matrices(arguments.matrices)
-    results = evaluate(spectra, arguments.experiments, arguments.train_size, arguments.seed, device)
     settings = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
         **asdict(source),
         "rank": rank,
         "device": device,
     }
+    if arguments.predict:
+        return predict(arguments, spectra, settings, notes)
+    results = evaluate(spectra, arguments.experiments, arguments.train_size, arguments.seed, device)
     print_report(spectra, results, settings, notes)
     if arguments.output:
         write_report(arguments.output, spectra, results, settings, notes)
+    return 0
+
+
+def predict(arguments: argparse.Namespace, fitted: Spectra, settings: dict[str, Any], notes: list[str]) -> int:
+    """Print an estimate for each file that can be read, and an error for each that can't."""
+    failed = False
+
+    def complain(error: DsireError) -> None:
+        nonlocal failed
+        failed = True
+        print_error(error)
+
+    paths = []
+    for item in arguments.predict:
+        try:
+            paths += files_to_predict(item, arguments.cache_dir)
+        except DsireError as error:
+            complain(error)
+    print(describe(fitted, settings))
+    for note in notes:
+        print(f"note: {note}")
+    alike: dict[tuple[Voter, ...], list[Spectra]] = {}  # files with the same layers are judged together
+    for path in paths:
+        try:
+            file = matched(file_spectra(path), fitted)
+            alike.setdefault(tuple(file.voters), []).append(file)
+        except DsireError as error:
+            complain(error)
+    found = []
+    for files in alike.values():
+        found += estimates(fitted.of_voters(files[0].voters), files, dsire, arguments.confidence)
+    found.sort(key=lambda estimate: [str(path) for path in paths].index(estimate.file))
+    for estimate in found:
+        print_estimate(estimate, arguments.confidence)
+    if arguments.output:
+        write_estimates(arguments.output, found, settings, notes)
+    return 2 if failed else 0
+
+
+def print_error(error: DsireError) -> None:
+    print(f"dsire.py: error: {error}", file=sys.stderr)
 
 
 def main() -> int:
     arguments = command_line().parse_args()
     try:
-        run(arguments)
+        return run(arguments)
     except DsireError as error:
-        print(f"dsire.py: error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("dsire.py: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

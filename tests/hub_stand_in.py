@@ -8,9 +8,11 @@ repository, so that they run unchanged against it when HF_ENDPOINT is its addres
     with HubStandIn(folder, "owner/name") as hub:
         hub.faults.cut("*.parquet", after=1000)
         subprocess.run(command, env=hub.environment(home))
-        assert any(request.first == 1000 for request in hub.requests)
+        assert [request.sent for request in hub.requests if "/cdn/" in request.path and request.sent] == [1000, size]
 
 Differences to the Hub: a file that changes changes the commit, and the old commit is gone; no file is on Xet storage.
+A resumed download asks for a range only behind whole chunks of huggingface_hub's `constants.DOWNLOAD_CHUNK_SIZE`
+(10 MiB): a smaller file starts anew.
 """
 
 from __future__ import annotations
@@ -215,7 +217,7 @@ class Faults:
         retry_after: int | None = None,
         method: str | None = None,
     ) -> None:
-        """Answer with this status (429, 500, ...) instead, with a Retry-After header if given; `method`: only HEAD, ..."""
+        """Answer with this status (429, 500, ...) instead, perhaps with Retry-After, perhaps to one `method` only."""
         self._faults.append(Fault("status", pattern, times, status=status, retry_after=retry_after, method=method))
 
     def delay(self, pattern: str, seconds: float, times: int | None = 1) -> None:

@@ -1,0 +1,226 @@
+"""What the tests share: folders in LoRA-WiSE's layout, the command run in this process, and a Hub that stands in."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_stand_in import HubStandIn
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_WISE = ROOT / "tests" / "tiny_wise"
+
+# huggingface_hub reads its environment when it is imported: one address of the stand-in for all tests of this process.
+HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
+with HubStandIn(TINY_WISE, "any/repository") as somewhere:
+    PORT, ENVIRONMENT = somewhere.port, somewhere.environment(HOME.name)
+os.environ.clear()
+os.environ.update(ENVIRONMENT)
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import dsire  # noqa: E402
+
+settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
+settings.load_profile("same every time")
+
+Model = tuple[Any, int]  # name and size
+LAYERS = ("unet.down_blocks.0.attn1.to_q", "unet.mid_block.attn2.to_k", "unet.up_blocks.1.attn1.to_out.0")
+RANK = 4
+
+
+def models_of(micro_datasets: int, sizes: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[Model]:
+    """Every micro-dataset at every size, in an order that is no order."""
+    models = [(f"thing_{number:02d}", size) for number in range(micro_datasets) for size in sizes]
+    random.Random(0).shuffle(models)
+    return models
+
+
+def weights_of(model: Model, rank: int = RANK, layers: Sequence[str] = LAYERS) -> dict[str, np.ndarray]:
+    """Column -> matrix, float32 precise: noise that is the model's own, on a scale that shrinks with its size."""
+    draw = np.random.default_rng(list(repr(model).encode()))
+    scale = float(model[1]) ** -0.2
+    weights = {}
+    for number, layer in enumerate(layers):
+        down, up = (rank, 16 + 8 * number), (24 + 8 * number, rank)
+        weights[f"{layer}.lora.down.weight"] = np.float32(scale * draw.normal(size=down))
+        weights[f"{layer}.lora.up.weight"] = np.float32(scale * draw.normal(size=up))
+    return weights
+
+
+def table_of(models: Sequence[Model], number: pa.DataType | None = None, **options: Any) -> pa.Table:
+    """Models as rows of LoRA-WiSE: `label`, `name` and a flat list of float64 (or `number`) for every matrix."""
+    rows = [weights_of(model, **options) for model in models]
+    columns = {"label": pa.array([size for _, size in models]), "name": pa.array([name for name, _ in models])}
+    for column in rows[0]:
+        values = [np.float64(row[column]).ravel() for row in rows]
+        columns[column] = pa.array(values, pa.list_(number or pa.float64()))
+    return pa.table(columns)
+
+
+def change(table: pa.Table, column: str, row: int, edit: Callable[[list[float]], Any]) -> pa.Table:
+    """The table with one matrix edited: `edit` takes its flat list and returns another one."""
+    values = table.column(column).to_pylist()
+    values[row] = edit(values[row])
+    return table.set_column(table.column_names.index(column), column, pa.array(values, pa.list_(pa.float64())))
+
+
+def write_folder(folder: Path, shards: Sequence[pa.Table], subset: str = "low_4", **options: Any) -> Path:
+    """A folder in LoRA-WiSE's layout: README.md with `configs`, and a file for each shard."""
+    path = subset.replace("_", "/", 1)
+    (folder / path).mkdir(parents=True)
+    for number, shard in enumerate(shards):
+        pq.write_table(shard, folder / path / f"train-{number:05d}-of-{len(shards):05d}.parquet", **options)
+    configs = f"configs:\n- config_name: {subset}\n  data_files:\n  - split: train\n    path: {path}/train-*\n"
+    (folder / "README.md").write_text(f"---\n{configs}---\n")
+    return folder
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.parquet"))
+
+
+@pytest.fixture(scope="session")
+def tiny_wise() -> Path:
+    """The subset that ships: real fine-tunes."""
+    assert parquet_files(TINY_WISE / "low" / "4"), "the subset that ships is missing"
+    return TINY_WISE
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """20 micro-datasets of 6 sizes in three shards, made by a formula."""
+    models = models_of(20)
+    return write_folder(tmp_path / "wise", [table_of(models[start : start + 40]) for start in (0, 40, 80)])
+
+
+@dataclass
+class Outcome:
+    """What a run of the command left behind."""
+
+    code: int
+    out: str
+    err: str
+    output: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.output / "report.json").read_text())
+
+    @property
+    def predictions(self) -> str:
+        return (self.output / "predictions.csv").read_text()
+
+    def says(self, *parts: str) -> bool:
+        """Ended with an error of one line that contains these parts."""
+        assert self.code == 2, self.err
+        assert self.err.startswith("dsire.py: error: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.endswith("\n")
+        missing = [part for part in parts if part not in self.err]
+        assert not missing, f"{missing} not in: {self.err}"
+        return True
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process, with a cache of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*arguments: Any) -> Outcome:
+        output = tmp_path / "output"
+        options = [f"--cache_dir={tmp_path / 'cache'}", f"--output={output}", "--device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["dsire.py", *options, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = dsire.main()
+        except SystemExit as stop:
+            code = stop.code
+        return Outcome(code, *capsys.readouterr(), output)
+
+    return run_command
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[HubStandIn]:
+    """The stand-in Hub, with `folder` as the dataset that the command takes by default."""
+    from huggingface_hub import HfFileSystem, close_session
+
+    with HubStandIn(folder, dsire.LORA_WISE, port=PORT) as stand_in:
+        yield stand_in
+    HfFileSystem.clear_instance_cache()
+    close_session()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole method once more, by the book: full products, scikit-learn, Counter
+
+
+@dataclass
+class Reference:
+    """An experiment by the book: the votes [voters, test models] and what comes of them, by test model."""
+
+    train: list[int]
+    test: list[int]
+    votes: np.ndarray
+    predicted: list[int]
+    shares: list[float]
+
+
+def reference_spectra(files: Sequence[Path], rank: int) -> tuple[list[Model], list[np.ndarray]]:
+    """The models, and for each voter its spectra [models, rank]: A and B in the columns' order, then the products."""
+    table = pa.concat_tables([pq.read_table(file) for file in files])
+    models = list(zip(table.column("name").to_pylist(), table.column("label").to_pylist(), strict=True))
+    matrices = {
+        column: torch.tensor(np.stack(table.column(column).to_numpy()))
+        for column in table.column_names
+        if column.endswith((".lora.down.weight", ".lora.up.weight"))
+    }
+    downs = {column: flat.view(len(models), rank, -1) for column, flat in matrices.items() if ".down.weight" in column}
+    ups = {column: flat.view(len(models), -1, rank) for column, flat in matrices.items() if ".up.weight" in column}
+    factors = downs | ups
+    layers = list(dict.fromkeys(column.rsplit(".lora.", 1)[0] for column in matrices))
+    products = [ups[f"{layer}.lora.up.weight"] @ downs[f"{layer}.lora.down.weight"] for layer in layers]
+    full = [*(factors[column] for column in matrices), *products]
+    return models, [torch.linalg.svdvals(matrix)[:, :rank].numpy() for matrix in full]
+
+
+def reference_experiments(models: list[Model], voters: list[np.ndarray], experiments: int = 10) -> list[Reference]:
+    """The protocol with 15 micro-datasets to train on and seed 42."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    names, sizes = sorted({name for name, _ in models}), np.array([size for _, size in models])
+    draw = random.Random(42)
+    results = []
+    for _ in range(experiments):
+        trained = {names[index] for index in draw.sample(range(len(names)), 15)}
+        train = [model for model, (name, _) in enumerate(models) if name in trained]
+        test = [model for model, (name, _) in enumerate(models) if name not in trained]
+        votes = np.stack([KNeighborsClassifier(1).fit(x[train], sizes[train]).predict(x[test]) for x in voters])
+        winners = [Counter(ballots.tolist()).most_common(1)[0] for ballots in votes.T]
+        shares = [count / len(voters) for _, count in winners]
+        results.append(Reference(train, test, votes, [size for size, _ in winners], shares))
+    return results
+
+
+@pytest.fixture(scope="session")
+def shipped_by_the_book(tiny_wise: Path) -> tuple[list[Model], list[Reference]]:
+    models, voters = reference_spectra(parquet_files(tiny_wise / "low" / "4"), RANK)
+    return models, reference_experiments(models, voters)

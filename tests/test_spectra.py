@@ -1,0 +1,152 @@
+"""The spectra of A, B and BA: the same as those of the full matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS, models_of, parquet_files, table_of, weights_of, write_folder
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import dsire
+
+BOUND = 1e-9  # of the largest singular value
+
+
+def assert_spectra_of(a: torch.Tensor, b: torch.Tensor) -> None:
+    """`lora_spectra` gives the first r singular values of A, B and B @ A, with zeros where there are fewer."""
+    rank = a.shape[-2]
+    for found, matrix in zip(dsire.lora_spectra(a, b), (a, b, b @ a), strict=True):
+        expected = torch.linalg.svdvals(matrix)[..., :rank]
+        expected = torch.nn.functional.pad(expected, (0, rank - expected.shape[-1]))
+        assert found.dtype == torch.float64
+        assert found.shape == (*a.shape[:-2], rank)
+        assert (found.diff(dim=-1) <= 0).all()
+        assert ((found - expected).abs() <= BOUND * expected[..., :1]).all()
+
+
+@st.composite
+def matrices(draw: st.DrawFn, rows: int, columns: int, models: int) -> torch.Tensor:
+    """A batch of random matrices with a condition number up to 1e6, a scale of 1e-30 to 1e30, and perhaps less rank."""
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    full = min(rows, columns)
+    values = torch.logspace(0, -draw(st.floats(0, 6)), full, dtype=torch.float64)
+    values[draw(st.one_of(st.just(full), st.integers(0, full))) :] = 0
+    left = torch.linalg.qr(torch.randn(models, rows, full, generator=random, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(models, columns, full, generator=random, dtype=torch.float64)).Q
+    return 10.0 ** draw(st.integers(-30, 30)) * (left * values) @ right.mT
+
+
+@given(st.data(), st.integers(1, 64), st.integers(1, 100), st.integers(1, 100), st.integers(1, 3))
+@example(None, 64, 100, 100, 1)
+@example(None, 1, 1, 1, 1)
+def test_are_those_of_the_full_matrices(data: Any, rank: int, inputs: int, outputs: int, models: int) -> None:
+    if data is None:
+        random = torch.Generator().manual_seed(0)
+        a, b = torch.randn(1, rank, inputs, generator=random), torch.randn(1, outputs, rank, generator=random)
+        assert_spectra_of(a.double(), b.double())
+    else:
+        assert_spectra_of(data.draw(matrices(rank, inputs, models)), data.draw(matrices(outputs, rank, models)))
+
+
+@pytest.mark.parametrize("rank", range(1, 65))
+def test_every_rank(rank: int) -> None:
+    random = torch.Generator().manual_seed(rank)
+    a = torch.randn(2, rank, 80, generator=random, dtype=torch.float64)
+    b = torch.randn(2, 70, rank, generator=random, dtype=torch.float64)
+    assert_spectra_of(a, b)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 20), (20, 3), (3, 2), (1, 1)])
+def test_a_rank_larger_than_a_dimension_ends_in_zeros(inputs: int, outputs: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    a = torch.randn(4, 8, inputs, generator=random, dtype=torch.float64)
+    b = torch.randn(4, outputs, 8, generator=random, dtype=torch.float64)
+    assert_spectra_of(a, b)
+    assert (dsire.lora_spectra(a, b)[2][:, min(inputs, outputs) :] == 0).all()
+
+
+def test_an_untrained_layer_has_a_zero_b() -> None:
+    a = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, of_b, of_product = dsire.lora_spectra(a, torch.zeros(2, 24, 4, dtype=torch.float64))
+    assert (of_b == 0).all()
+    assert (of_product == 0).all()
+
+
+def test_zeros_throughout() -> None:
+    for values in dsire.lora_spectra(torch.zeros(1, 3, 5).double(), torch.zeros(1, 6, 3).double()):
+        assert values.tolist() == [[0, 0, 0]]
+
+
+def test_factors_that_cancel() -> None:
+    """A has its first row only and B its second column only: neither is zero, but BA is."""
+    a, b = torch.zeros(1, 2, 5).double(), torch.zeros(1, 6, 2).double()
+    a[0, 0], b[0, :, 1] = 2.0, 3.0
+    of_a, of_b, of_product = (values[0].tolist() for values in dsire.lora_spectra(a, b))
+    assert of_a == pytest.approx([2 * 5**0.5, 0])
+    assert of_b == pytest.approx([3 * 6**0.5, 0])
+    assert of_product == pytest.approx([0, 0], abs=1e-12)
+
+
+def test_values_worked_out_by_hand() -> None:
+    """A = diag(3, 1) and B = diag(1, 2), so BA = diag(3, 2)."""
+    a, b = torch.tensor([[[3.0, 0], [0, 1]]]).double(), torch.tensor([[[1.0, 0], [0, 2]]]).double()
+    assert [values[0].tolist() for values in dsire.lora_spectra(a, b)] == [
+        pytest.approx([3, 1]),
+        pytest.approx([2, 1]),
+        pytest.approx([3, 2]),
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 3, 3), (2, 1, 2)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_value_that_is_not_finite_raises(bad: float, place: tuple[int, int, int], which: int) -> None:
+    pair = [torch.ones(3, 4, 9).double(), torch.ones(3, 8, 4).double()]
+    pair[which][place] = bad
+    with pytest.raises(FloatingPointError):
+        dsire.lora_spectra(*pair)
+
+
+def test_a_value_that_is_not_finite_raises_also_where_the_other_factor_is_zero() -> None:
+    a, b = torch.ones(1, 2, 5).double(), torch.zeros(1, 6, 2).double()
+    a[0, 1, 4] = float("nan")
+    with pytest.raises(FloatingPointError):
+        dsire.lora_spectra(a, b)
+    with pytest.raises(FloatingPointError):
+        dsire.lora_spectra(b.mT.contiguous(), a.mT.contiguous())
+
+
+def test_a_product_that_overflows_raises() -> None:
+    with pytest.raises(FloatingPointError):
+        dsire.lora_spectra(torch.full((1, 2, 5), 1e200).double(), torch.full((1, 6, 2), 1e200).double())
+
+
+def test_a_shard_gives_a_and_b_in_the_order_of_its_columns_and_then_the_products(tmp_path: Any) -> None:
+    models = models_of(2)
+    folder = write_folder(tmp_path / "wise", [table_of(models)])
+    spectra = dsire.shard_spectra(parquet_files(folder)[0], rank=4)
+    assert spectra.names == [name for name, _ in models]
+    assert spectra.sizes.tolist() == [size for _, size in models]
+    factors = [(layer, matrix) for layer in LAYERS for matrix in ("A", "B")]
+    assert spectra.voters == [*factors, *((layer, "BA") for layer in LAYERS)]
+    for model, of_model in zip(models, spectra.values.unbind(1), strict=True):
+        weights = {column: torch.tensor(values).double() for column, values in weights_of(model).items()}
+        for (layer, matrix), found in zip(spectra.voters, of_model, strict=True):
+            a, b = weights[f"{layer}.lora.down.weight"], weights[f"{layer}.lora.up.weight"]
+            expected = torch.linalg.svdvals({"A": a, "B": b, "BA": b @ a}[matrix])[:4]
+            assert (found - expected).abs().max() <= BOUND * expected[0]
+
+
+def test_the_shipped_subset(tiny_wise: Any) -> None:
+    from conftest import reference_spectra
+
+    files = parquet_files(tiny_wise / "low" / "4")
+    models, expected = reference_spectra(files, rank=4)
+    spectra = dsire.join_shards([dsire.shard_spectra(file, 4) for file in files], [str(file) for file in files])
+    assert list(zip(spectra.names, spectra.sizes.tolist(), strict=True)) == models
+    assert len(spectra.voters) == len(expected) == 3 * 56
+    wanted = torch.tensor(expected[0]).new_tensor([values.tolist() for values in expected])
+    assert ((spectra.values - wanted).abs() <= BOUND * wanted[..., :1]).all()
