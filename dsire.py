@@ -32,6 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,15 +43,34 @@ MATRICES = ("A", "B", "BA")
 CACHE_FORMAT = 1  # part of every cache key: spectra that were written in another form are computed anew
 BLOCK = 2**24  # distances held at once by the nearest-neighbour search: 128 MiB
 
-# MAE, MAPE in % and accuracy in %, mean and standard deviation over ten experiments: the paper's Tables 2, 3 and 4.
+# MAE, MAPE in % and accuracy in %, mean and standard deviation over ten experiments: the paper's Tables 2 to 5 and 9.
 PAPER = {
-    "low_32": ((0.36, 0.04), (11.36, 1.55), (69.30, 3.83)),
-    "low_16": ((0.42, 0.03), (12.4, 1.11), (67.7, 2.3)),
-    "low_8": ((0.43, 0.04), (14.8, 2.3), (66.0, 3.08)),
-    "medium_32": ((1.48, 0.21), (3.97, 0.73), (86.10, 1.99)),
-    "medium_16": ((1.67, 0.17), (4.32, 0.46), (84.04, 1.85)),
-    "medium_32_2": ((2.51, 0.22), (7.46, 0.95), (77.43, 1.70)),
-    "high_32": ((41.77, 6.61), (5.96, 1.46), (91.90, 1.28)),
+    "low_32": {
+        "dsire": ((0.36, 0.04), (11.36, 1.55), (69.30, 3.83)),
+        "frobenius": ((0.43, 0.04), (15.14, 2.12), (65.29, 2.42)),
+    },
+    "low_16": {"dsire": ((0.42, 0.03), (12.4, 1.11), (67.7, 2.3))},
+    "low_8": {"dsire": ((0.43, 0.04), (14.8, 2.3), (66.0, 3.08))},
+    "medium_32": {
+        "dsire": ((1.48, 0.21), (3.97, 0.73), (86.10, 1.99)),
+        "dsire-average": ((3.57, 0.36), (19.05, 3.37), (64.62, 3.58)),
+        "frobenius": ((1.56, 0.19), (4.16, 0.75), (85.33, 1.81)),
+        "whole-model": ((7.33, 0.75), (33.37, 7.71), (48.61, 3.53)),
+        "ridge": ((8.05, 0.08), (38.95, 6.24), (37.09, 0.63)),
+        "gda": ((2.89, 0.48), (7.87, 1.30), (74.14, 3.65)),
+        "dsire A": ((1.90, 0.29), (5.63, 1.26), (82.52, 2.20)),
+        "dsire B": ((1.57, 0.19), (4.07, 0.65), (84.90, 2.09)),
+        "dsire BA": ((1.61, 0.16), (4.22, 0.47), (85.00, 1.45)),
+    },
+    "medium_16": {"dsire": ((1.67, 0.17), (4.32, 0.46), (84.04, 1.85))},
+    "medium_32_2": {
+        "dsire": ((2.51, 0.22), (7.46, 0.95), (77.43, 1.70)),
+        "frobenius": ((2.95, 0.28), (11.99, 3.93), (73.90, 2.21)),
+    },
+    "high_32": {
+        "dsire": ((41.77, 6.61), (5.96, 1.46), (91.90, 1.28)),
+        "frobenius": ((68.62, 5.53), (9.25, 1.21), (86.51, 1.12)),
+    },
 }
 
 
@@ -200,15 +220,93 @@ class Prediction:
 Predictor = Callable[[Spectra, Spectra], Prediction]
 
 
+def votes_of(train: Spectra, test: Spectra) -> Tensor:
+    """The size that each voter names for each test model: its nearest training model's, int64 [voters, models]."""
+    return train.sizes[nearest(train.values, test.values)]
+
+
 def dsire(train: Spectra, test: Spectra) -> Prediction:
     """The paper's predictor: one 1-NN per voter, fitted on `train`, and the majority of their votes on `test`."""
-    candidates = train.sizes.unique()
-    votes = train.sizes[nearest(train.values, test.values)]
-    return Prediction(*majority(votes, candidates))
+    return Prediction(*majority(votes_of(train, test), train.sizes.unique()))
+
+
+def dsire_average(train: Spectra, test: Spectra) -> Prediction:
+    """The same voters, but the training size nearest to the mean of those they name (Table 5, average vote)."""
+    votes = votes_of(train, test)
+    _, candidates, shares = majority(votes, train.sizes.unique())
+    return Prediction(nearest_size(votes.double().mean(0), candidates), candidates, shares)
+
+
+def frobenius(train: Spectra, test: Spectra) -> Prediction:
+    """The paper's baseline Frobenius-NN (Table 2): 1-NN on each matrix's Frobenius norm, that of its spectrum."""
+    train, test = (replace(side, values=side.values.square().sum(-1, keepdim=True).sqrt()) for side in (train, test))
+    return dsire(train, test)
+
+
+def whole_model(train: Spectra, test: Spectra) -> Prediction:
+    """A single 1-NN on all the spectra of a model, concatenated (Table 5, NN-full)."""
+    train, test = (replace(side, values=side.values.transpose(0, 1).flatten(1)[None]) for side in (train, test))
+    return dsire(train, test)
+
+
+def ridge(train: Spectra, test: Spectra) -> Prediction:
+    """Per voter a ridge regression from the spectrum to n, rounded to the nearest training size; majority (Table 5).
+
+    The paper doesn't give its regularisation. Singular values of A, B and BA differ by orders of magnitude, so they are
+    standardised, and then scikit-learn's default penalty of 1 is mild for 90 models and at most 32 features.
+    """
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    votes = fitted_votes(lambda: make_pipeline(StandardScaler(), Ridge()), train, test)
+    return Prediction(*majority(votes, train.sizes.unique()))
+
+
+def gda(train: Spectra, test: Spectra) -> Prediction:
+    """Per voter a Gaussian discriminant analysis of the spectrum; majority (Table 5).
+
+    Fifteen models of a size can't tell a covariance of its own for up to 32 singular values, and neighbouring ones are
+    nearly collinear: so all sizes share one covariance, shrunk by Ledoit and Wolf's formula, which needs no tuning.
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    votes = fitted_votes(lambda: LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), train, test)
+    return Prediction(*majority(votes, train.sizes.unique()))
+
+
+def fitted_votes(new_estimator: Callable[[], Any], train: Spectra, test: Spectra) -> Tensor:
+    """The training size nearest to what one scikit-learn estimator per voter answers: int64 [voters, models]."""
+    known, asked, sizes = train.values.cpu().numpy(), test.values.cpu().numpy(), train.sizes.numpy()
+    answers = [new_estimator().fit(x, sizes).predict(y) for x, y in zip(known, asked, strict=True)]
+    return nearest_size(torch.tensor(np.stack(answers)), train.sizes.unique())
+
+
+def nearest_size(answers: Tensor, candidates: Tensor) -> Tensor:
+    """The candidate nearest to each answer, the smaller one of two: int64, of the answers' shape."""
+    return torch.take(candidates, (answers[..., None] - candidates).abs().argmin(-1))
+
+
+PREDICTORS: dict[str, Predictor] = {
+    "dsire": dsire,
+    "dsire-average": dsire_average,
+    "frobenius": frobenius,
+    "whole-model": whole_model,
+    "ridge": ridge,
+    "gda": gda,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The protocol (Section 5)
+
+
+class Protocol(NamedTuple):
+    """How predictors are judged: so many experiments, so many micro-datasets to train on, and the seed of the draw."""
+
+    experiments: int = 10
+    train_size: int = 15
+    seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -222,26 +320,22 @@ class Experiment:
     accuracy: float
 
 
-def splits(names: list[Any], experiments: int, train_size: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+def splits(names: list[Any], protocol: Protocol) -> Iterator[tuple[list[int], list[int]]]:
     """Models to train on and models to test on, once per experiment; a micro-dataset is never divided.
 
     Raises:
         DsireError: there are fewer than train_size + 1 micro-datasets.
     """
     micro_datasets = sorted(set(names))
-    if train_size >= len(micro_datasets):
+    count, train_size = len(micro_datasets), protocol.train_size
+    if train_size >= count:
+        works = f"the largest --train_size that works is {count - 1}" if count > 1 else "an evaluation needs two"
         raise DsireError(
-            f"--train_size={train_size} needs at least {train_size + 1} micro-datasets, and there are "
-            f"{len(micro_datasets)}: "
-            + (
-                f"the largest --train_size that works is {len(micro_datasets) - 1}"
-                if len(micro_datasets) > 1
-                else "an evaluation needs at least two"
-            )
+            f"--train_size={train_size} needs {train_size + 1} micro-datasets or more, and there are {count}: {works}"
         )
-    draw = random.Random(seed)
-    for _ in range(experiments):
-        trained = {micro_datasets[index] for index in draw.sample(range(len(micro_datasets)), train_size)}
+    draw = random.Random(protocol.seed)
+    for _ in range(protocol.experiments):
+        trained = {micro_datasets[index] for index in draw.sample(range(count), train_size)}
         yield (
             [model for model, name in enumerate(names) if name in trained],
             [model for model, name in enumerate(names) if name not in trained],
@@ -253,21 +347,92 @@ def metrics(sizes: Tensor, predicted: Tensor) -> tuple[float, float, float]:
     from sklearn.metrics import accuracy_score, mean_absolute_error, mean_absolute_percentage_error
 
     true, guess = sizes.numpy(), predicted.numpy()
+    hits = accuracy_score(true, guess.round().astype(true.dtype))  # an average is a whole number only when rounded
     return (
         float(mean_absolute_error(true, guess)),
         100 * float(mean_absolute_percentage_error(true, guess)),
-        100 * float(accuracy_score(true, guess)),
+        100 * float(hits),
     )
 
 
-def evaluate(spectra: Spectra, experiments: int, train_size: int, seed: int, device: str = "cpu") -> list[Experiment]:
-    """The paper's protocol: train on `train_size` micro-datasets, test on the others, `experiments` times over."""
+def evaluate(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list[Experiment]:
+    """The paper's protocol: train on some micro-datasets, test on all others, several times over."""
     results = []
-    placed = replace(spectra, values=spectra.values.to(device))
-    for train, test in splits(spectra.names, experiments, train_size, seed):
-        prediction = dsire(placed.of_models(train), placed.of_models(test))
+    for train, test in splits(spectra.names, protocol):
+        prediction = predictor(spectra.of_models(train), spectra.of_models(test))
         results.append(Experiment(test, prediction, *metrics(spectra.sizes[test], prediction.sizes)))
     return results
+
+
+def compare(spectra: Spectra, protocol: Protocol) -> dict[str, list[Experiment]]:
+    """Every predictor, and dsire on each kind of matrix (Table 9), on the same splits."""
+    runs = {name: evaluate(spectra, predictor, protocol) for name, predictor in PREDICTORS.items()}
+    kinds = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in spectra.voters)]
+    for matrix in kinds if len(kinds) > 1 else []:
+        runs[f"dsire {matrix}"] = evaluate(spectra.of_matrices([matrix]), dsire, protocol)
+    return runs
+
+
+def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> dict[str, list[Experiment]]:
+    """The same with fewer micro-datasets to train on, up to the protocol's (Figure 5)."""
+    counts = sorted({count for count in (1, 2, 3, 5, 10) if count < protocol.train_size} | {protocol.train_size})
+    return {str(count): evaluate(spectra, predictor, protocol._replace(train_size=count)) for count in counts}
+
+
+def by_size(spectra: Spectra, experiments: list[Experiment]) -> dict[str, list[Experiment]]:
+    """The metrics of the test models of each dataset size."""
+    rows: dict[str, list[Experiment]] = {}
+    for size in spectra.sizes.unique().tolist():
+        for run in experiments:
+            chosen = spectra.sizes[run.test] == size
+            if not chosen.any():
+                continue
+            test = [model for model, its in zip(run.test, chosen.tolist(), strict=True) if its]
+            predicted = run.prediction.sizes[chosen]
+            part = Prediction(predicted, run.prediction.candidates, run.prediction.shares[chosen])
+            rows.setdefault(str(size), []).append(Experiment(test, part, *metrics(spectra.sizes[test], predicted)))
+    return rows
+
+
+def unseen_sizes(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list[Experiment]:
+    """Test models of sizes that were not trained on: each size between two others is left out of the training in turn.
+
+    A classifier's best answer is a neighbouring size; a regression can name the size itself.
+    """
+    results = []
+    sizes = spectra.sizes.unique().tolist()
+    for train, test in splits(spectra.names, protocol):
+        tested, answers = [], []
+        for size in sizes[1:-1]:
+            others = [model for model in train if spectra.sizes[model] != size]
+            asked = [model for model in test if spectra.sizes[model] == size]
+            if others and asked:
+                tested += asked
+                answers.append(predictor(spectra.of_models(others), spectra.of_models(asked)).sizes)
+        if tested:
+            empty = torch.zeros(len(tested), 0, dtype=torch.float64)
+            prediction = Prediction(torch.cat(answers), torch.zeros(0, dtype=torch.int64), empty)
+            results.append(Experiment(tested, prediction, *metrics(spectra.sizes[tested], prediction.sizes)))
+    return results
+
+
+def by_layer(spectra: Spectra, protocol: Protocol) -> Tensor:
+    """The accuracy of each voter alone, in %, mean over the experiments: float64 [voters]."""
+    hits = []
+    for train, test in splits(spectra.names, protocol):
+        votes = votes_of(spectra.of_models(train), spectra.of_models(test))
+        hits.append((votes == spectra.sizes[test]).double().mean(1))
+    return 100 * torch.stack(hits).mean(0)
+
+
+def by_block(spectra: Spectra, accuracies: Tensor) -> dict[str, float]:
+    """The mean accuracy of the single voters in each block of the network, and of each kind of matrix."""
+    groups: dict[str, list[float]] = {}
+    for voter, accuracy in zip(spectra.voters, accuracies.tolist(), strict=True):
+        block = re.match(r"(?:down|up)_blocks_\d+|mid_block|text_encoder(?:_2)?", voter.layer)
+        groups.setdefault(block[0] if block else "other layers", []).append(accuracy)
+        groups.setdefault(f"matrix {voter.matrix}", []).append(accuracy)
+    return {name: sum(values) / len(values) for name, values in groups.items()}
 
 
 def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]]:
@@ -321,7 +486,7 @@ def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confi
         predictor: one of the predictors above.
         confidence: the share of new models whose true size the set shall hold, between 0 and 1.
     """
-    new = replace(files[0], values=torch.cat([file.values for file in files], dim=1))
+    new = replace(files[0], values=torch.cat([file.values for file in files], dim=1).to(fitted.values.device))
     answer = predictor(fitted, new)
     candidates = answer.candidates
     micro_datasets = fitted.micro_datasets() if len(set(fitted.names)) > 1 else []
@@ -384,8 +549,7 @@ def models_alike(share: float, shares: Tensor, hits: Tensor) -> list[float]:
 def nearest_distances(train: Spectra, test: Spectra) -> Tensor:
     """How far each test model is from its nearest training model, for each voter: [voters, test models]."""
     index = nearest(train.values, test.values)[..., None].expand(-1, -1, test.values.shape[-1])
-    nearest_spectra = train.values.gather(1, index.to(train.values.device))
-    return torch.linalg.vector_norm(test.values - nearest_spectra, dim=-1).cpu()
+    return (test.values - train.values.gather(1, index.to(train.values.device))).square().sum(-1).sqrt().cpu()
 
 
 def how_unlike(distances: Tensor, left_out: list[Tensor]) -> tuple[list[float], float]:
@@ -1447,6 +1611,11 @@ def describe(spectra: Spectra, settings: dict[str, Any]) -> str:
     )
 
 
+def summary_cells(values: Iterable[tuple[float, float]]) -> str:
+    """MAE, MAPE and accuracy as mean ± standard deviation, in columns."""
+    return "".join(f"{f'{mean:.2f} ± {std:.2f}':>16}" for mean, std in values)
+
+
 def print_report(spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]) -> None:
     train_size, micro_datasets = settings["train_size"], len(spectra.micro_datasets())
     print(describe(spectra, settings))
@@ -1455,19 +1624,21 @@ def print_report(spectra: Spectra, experiments: list[Experiment], settings: dict
     )
     for note in notes:
         print(f"note: {note}")
-    print(f"\n{'':8}{'MAE':>15}{'MAPE %':>17}{'accuracy %':>17}")
-    rows = {"DSiRe": list(mean_and_std(experiments).values())}
-    if settings["subset"] in PAPER and set(settings["matrices"]) == set(MATRICES):
-        rows["paper"] = list(PAPER[settings["subset"]])
-    for row, values in rows.items():
-        print(
-            f"{row:8}"
-            + "".join(f"{f'{mean:.2f} ± {std:.2f}':>{15 + 2 * (i > 0)}}" for i, (mean, std) in enumerate(values))
-        )
+    predictor = settings["predictor"]
+    paper = PAPER.get(settings["subset"], {}).get(predictor) if len(set(settings["matrices"])) == 3 else None
+    print(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}")
+    print(f"{predictor:16}" + summary_cells(mean_and_std(experiments).values()))
+    if paper:
+        print(f"{'paper':16}" + summary_cells(paper))
 
 
 def write_report(
-    output: Path, spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]
+    output: Path,
+    spectra: Spectra,
+    experiments: list[Experiment],
+    settings: dict[str, Any],
+    notes: list[str],
+    details: dict[str, Any],
 ) -> None:
     """report.json and predictions.csv, for programs."""
     summary = mean_and_std(experiments)
@@ -1478,6 +1649,7 @@ def write_report(
         "experiments": [{"mae": run.mae, "mape": run.mape, "accuracy": run.accuracy} for run in experiments],
         "mean": {metric: mean for metric, (mean, _) in summary.items()},
         "std": {metric: std for metric, (_, std) in summary.items()},
+        **details,
     }
     write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     table: list[list[Any]] = [["experiment", "name", "size", "predicted", "vote_share"]]
@@ -1486,6 +1658,50 @@ def write_report(
         for model, predicted, share in zip(run.test, run.prediction.sizes.tolist(), shares, strict=True):
             table.append([number, spectra.names[model], int(spectra.sizes[model]), predicted, f"{share:.4f}"])
     write_table(output / "predictions.csv", table)
+
+
+def print_comparison(runs: dict[str, list[Experiment]], subset: str) -> None:
+    """One table of predictors and matrices: the metrics, the difference of the MAE to dsire's, the paper's values."""
+    paper = PAPER.get(subset, {})
+    print(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>18}", end="")
+    print(f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")
+    for name, experiments in runs.items():
+        differences = torch.tensor([one.mae - other.mae for one, other in zip(experiments, runs["dsire"], strict=True)])
+        error = float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
+        cell = "" if name == "dsire" else f"{float(differences.mean()):+.3f} ± {error:.3f}"
+        print(f"{name:16}{summary_cells(mean_and_std(experiments).values())}{cell:>18}", end="")
+        print(summary_cells(paper[name]) if name in paper else "")
+    print("(± the standard deviation over experiments; for differences, the standard error of their mean)")
+
+
+def print_breakdown(title: str, rows: dict[str, list[Experiment]]) -> None:
+    print(f"\n{title:32}{'MAE':>16}{'accuracy %':>16}")
+    for name, experiments in rows.items():
+        summary = mean_and_std(experiments)
+        print(f"{name:32}" + summary_cells([summary["mae"], summary["accuracy"]]))
+
+
+def report_comparison(spectra: Spectra, protocol: Protocol, subset: str) -> dict[str, Any]:
+    """Run and print all comparisons; returns them as they go into report.json."""
+    runs = compare(spectra, protocol)
+    print_comparison(runs, subset)
+    growth = by_train_size(spectra, dsire, protocol)
+    print_breakdown("dsire by training micro-datasets", growth)
+    sizes = by_size(spectra, runs["dsire"])
+    print_breakdown("dsire by dataset size", sizes)
+    accuracies = by_layer(spectra, protocol)
+    blocks = by_block(spectra, accuracies)
+    print(f"\n{'accuracy of single voters':48}{'%':>8}")
+    for name, accuracy in sorted(blocks.items(), key=lambda item: -item[1]):
+        print(f"{'mean of ' + name:48}{accuracy:8.1f}")
+    for row in accuracies.argsort(descending=True, stable=True)[:5].tolist():
+        print(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:77}{float(accuracies[row]):8.1f}")
+    tables = {"compare": runs, "by_train_size": growth, "by_size": sizes}
+    return {
+        **{name: {row: mean_and_std(run) for row, run in table.items()} for name, table in tables.items()},
+        "by_layer": {" ".join(voter): value for voter, value in zip(spectra.voters, accuracies.tolist(), strict=True)},
+        "by_block": blocks,
+    }
 
 
 def print_estimate(estimate: Estimate, confidence: float) -> None:
@@ -1531,6 +1747,139 @@ def versions() -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures: the paper's Figures 2 to 6
+
+
+def draw_figures(
+    output: Path, spectra: Spectra, experiments: list[Experiment], growth: dict[str, list[Experiment]], title: str
+) -> None:
+    """Write confusion.png, spectra.png, layers.png and training.png into `output`.
+
+    Args:
+        output: an existing folder.
+        spectra: all labelled models.
+        experiments: the evaluation, for the confusion matrix.
+        growth: the evaluation by the number of training micro-datasets.
+        title: what the data and the predictor are called.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style: dict[Any, Any] = {
+        "figure.dpi": 150,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 11,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figures = {
+            "confusion": confusion_figure(plt, spectra, experiments, title),
+            "spectra": spectra_figure(plt, spectra),
+            "layers": layers_figure(plt, spectra),
+            "training": training_figure(plt, growth, title),
+        }
+        for name, figure in figures.items():
+            image = io.BytesIO()
+            figure.savefig(image, format="png", metadata={"Software": None})
+            plt.close(figure)
+            write_whole(output / f"{name}.png", image.getvalue())
+
+
+def confusion_figure(plt: Any, spectra: Spectra, experiments: list[Experiment], title: str) -> Any:
+    """Of the models of each size, the percentage that each size was predicted for (Figures 4 and 6)."""
+    true = torch.cat([spectra.sizes[run.test] for run in experiments])
+    predicted = torch.cat([run.prediction.sizes for run in experiments])
+    rows, columns = true.unique().tolist(), predicted.unique().tolist()
+    if len(columns) > 20:  # a regression's answers are counted at the nearest size
+        predicted = nearest_size(predicted, true.unique())
+    columns = sorted(set(rows) | set(predicted.unique().tolist()))
+    table = torch.stack(
+        [torch.stack([(predicted[true == row] == column).double().mean() for column in columns]) for row in rows]
+    )
+    figure, axes = plt.subplots(figsize=(6, 5))
+    image = axes.imshow(100 * table.numpy(), cmap="cividis", vmin=0, vmax=100)
+    for y, x in np.ndindex(*table.shape):
+        value = 100 * float(table[y, x])
+        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="black" if value > 60 else "white")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="predicted dataset size (images)", ylabel="true dataset size (images)", title=title)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="models of the true size (%)", shrink=0.85)
+    return figure
+
+
+def size_colours(plt: Any, sizes: list[int]) -> list[Any]:
+    """Dark for small, light for large: viridis without its lightest end, which fades on white."""
+    return [plt.get_cmap("viridis")(0.9 * index / max(1, len(sizes) - 1)) for index in range(len(sizes))]
+
+
+def spectra_figure(plt: Any, spectra: Spectra) -> Any:
+    """The Frobenius norm and the singular values of BA by dataset size, means over layers (Figure 2)."""
+    matrix = spectra.voters[-1].matrix  # BA, unless it was left out
+    values = spectra.of_matrices([matrix]).values.cpu()
+    sizes = spectra.sizes.unique().tolist()
+    norms = values.square().sum(-1).sqrt().mean(0)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    parts = left.boxplot([norms[spectra.sizes == size].numpy() for size in sizes], showfliers=False, patch_artist=True)
+    for box, median, colour in zip(parts["boxes"], parts["medians"], size_colours(plt, sizes), strict=True):
+        box.set(facecolor=colour, alpha=0.7)
+        median.set(color="black")
+    left.set_xticks(range(1, len(sizes) + 1), sizes)
+    left.set(xlabel="dataset size (images)", ylabel=f"Frobenius norm of {matrix}, mean over layers")
+    for size, colour in zip(sizes, size_colours(plt, sizes), strict=True):
+        mean = values[:, spectra.sizes == size].mean((0, 1))
+        right.plot(range(1, len(mean) + 1), mean, color=colour, marker="o", markersize=4, label=size)
+    right.set(xlabel="index of the singular value", ylabel=f"singular value of {matrix}, mean over layers")
+    right.set_xticks(range(1, values.shape[-1] + 1, max(1, values.shape[-1] // 8)))
+    right.legend(title="images")
+    return figure
+
+
+def layers_figure(plt: Any, spectra: Spectra) -> Any:
+    """The spectra of the first down-block's and the last up-block's layer by dataset size (Figure 3)."""
+    matrix = spectra.voters[-1].matrix
+    layers = [voter.layer for voter in spectra.voters if voter.matrix == matrix]
+    down = [layer for layer in layers if layer.startswith("down_blocks")] or layers
+    up = [layer for layer in layers if layer.startswith("up_blocks")] or layers
+    sizes = spectra.sizes.unique().tolist()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4))
+    for axis, layer, place in zip(
+        axes, (down[0], up[-1]), ("first down-block layer", "last up-block layer"), strict=True
+    ):
+        values = spectra.of_voters([Voter(layer, matrix)]).values[0].cpu()
+        indices = range(1, values.shape[-1] + 1)
+        for size, colour in zip(sizes, size_colours(plt, sizes), strict=True):
+            chosen = values[spectra.sizes == size]
+            mean, spread = chosen.mean(0), chosen.std(0, correction=0)
+            axis.plot(indices, mean, color=colour, marker="o", markersize=4, label=size)
+            axis.fill_between(indices, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
+        axis.set_title(f"{place}\n{layer}", fontsize=9)
+        axis.set(xlabel="index of the singular value", ylabel=f"singular value of {matrix}, mean ± std over models")
+        axis.set_xticks(range(1, values.shape[-1] + 1, max(1, values.shape[-1] // 8)))
+    axes[-1].legend(title="images")
+    return figure
+
+
+def training_figure(plt: Any, growth: dict[str, list[Experiment]], title: str) -> Any:
+    """Accuracy and MAE by the number of training micro-datasets (Figure 5)."""
+    counts = [int(count) for count in growth]
+    summaries = [mean_and_std(experiments) for experiments in growth.values()]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for axis, metric, label in zip(axes, ("accuracy", "mae"), ("accuracy (%)", "MAE (images)"), strict=True):
+        means, stds = zip(*(summary[metric] for summary in summaries), strict=True)
+        axis.errorbar(counts, means, stds, color="#0072b2", marker="o", capsize=3)
+        axis.set(xlabel="training micro-datasets", ylabel=label)
+        axis.set_xticks(counts)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -1569,8 +1918,13 @@ def command_line() -> argparse.ArgumentParser:
     add("--experiments", type=positive, default=10, help="how many (%(default)s)")
     add("--train_size", type=positive, default=15, help="micro-datasets to train on (%(default)s)")
     add("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="which ones vote (%(default)s)")
+    add("--predictor", choices=PREDICTORS, default="dsire", help="what turns spectra into a size (%(default)s)")
     add("--device", help="cuda, cpu, ... (default: cuda if available)")
     add("--keep_shards", action="store_true", help="keep downloads after their spectra are computed")
+    add(
+        "--compare", action="store_true", help="all predictors and matrices, by size, training micro-datasets and layer"
+    )
+    add("--plots", action="store_true", help="draw the paper's figures into --output")
     add("--predict", nargs="+", metavar="LORA", help="estimate for these files, folders or Hub repositories instead")
     add("--confidence", type=share, default=0.9, help="of the set of sizes that --predict names (%(default)s)")
     add("--output", type=Path, help="folder for report.json, and predictions.csv or estimates.csv")
@@ -1592,6 +1946,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.subset is None and arguments.dataset is None:
         arguments.dataset, arguments.subset = str(SHIPPED), SHIPPED_SUBSET
         notes.append("no --subset was given: this is the small subset that ships with the script")
+    if arguments.plots and not arguments.output:
+        raise DsireError("--plots needs a folder for the pictures: give it with --output")
     device = choose_device(arguments.device)
     cache = arguments.cache_dir
     source, said = find_source(arguments.dataset or LORA_WISE, arguments.subset, arguments.revision, cache)
@@ -1599,6 +1955,7 @@ def run(arguments: argparse.Namespace) -> int:
     spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards)
     notes += said + spectra.notes + what_is_unusual(spectra)
     spectra = spectra.of_matrices(arguments.matrices)
+    spectra = replace(spectra, values=spectra.values.to(device))
     settings = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
         **asdict(source),
@@ -1607,10 +1964,18 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if arguments.predict:
         return predict(arguments, spectra, settings, notes)
-    results = evaluate(spectra, arguments.experiments, arguments.train_size, arguments.seed, device)
+    predictor = PREDICTORS[arguments.predictor]
+    protocol = Protocol(arguments.experiments, arguments.train_size, arguments.seed)
+    results = evaluate(spectra, predictor, protocol)
     print_report(spectra, results, settings, notes)
+    details = {}
+    if arguments.compare:
+        details = report_comparison(spectra, protocol, source.subset)
+    if arguments.plots:
+        growth = by_train_size(spectra, predictor, protocol)
+        draw_figures(arguments.output, spectra, results, growth, f"{arguments.predictor} on {source.subset}")
     if arguments.output:
-        write_report(arguments.output, spectra, results, settings, notes)
+        write_report(arguments.output, spectra, results, settings, notes, details)
     return 0
 
 
@@ -1641,7 +2006,9 @@ def predict(arguments: argparse.Namespace, fitted: Spectra, settings: dict[str, 
             complain(error)
     found = []
     for files in alike.values():
-        found += estimates(fitted.of_voters(files[0].voters), files, dsire, arguments.confidence)
+        found += estimates(
+            fitted.of_voters(files[0].voters), files, PREDICTORS[arguments.predictor], arguments.confidence
+        )
     found.sort(key=lambda estimate: [str(path) for path in paths].index(estimate.file))
     for estimate in found:
         print_estimate(estimate, arguments.confidence)
