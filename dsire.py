@@ -109,6 +109,21 @@ def lora_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return padded[0], padded[1], padded[2]
 
 
+def batch_spectra(a: Tensor, b: Tensor, device: str) -> Tensor:
+    """lora_spectra of a batch on a device, [3, models, r] on the CPU; the batch is halved while the memory is short.
+
+    Raises:
+        DsireError: the device can't hold a single model's layer.
+    """
+    try:
+        return torch.stack(lora_spectra(a.to(device), b.to(device))).cpu()
+    except torch.cuda.OutOfMemoryError as error:
+        if len(a) == 1:
+            raise DsireError(f"{device} has no memory left for a single layer: use --device=cpu") from error
+    half = len(a) // 2
+    return torch.cat([batch_spectra(a[:half], b[:half], device), batch_spectra(a[half:], b[half:], device)], dim=1)
+
+
 class Voter(NamedTuple):
     """One classifier of the vote: a layer's name and the matrix it looks at, "A", "B" or "BA"."""
 
@@ -761,7 +776,12 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def pair_spectra(file: Any, pair: dict[str, str]) -> tuple[Tensor, list[int]]:
+    own = threading.local()  # two threads that read one ParquetFile can wait for each other for ever
+
+    def pair_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
+        if not hasattr(own, "file"):
+            own.file = pq.ParquetFile(path, metadata=metadata, memory_map=True, page_checksum_verification=True)
+        file = own.file
         groups = []
         shapes = []
         for group in range(file.num_row_groups):
@@ -769,11 +789,10 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             if not len(table):
                 continue
             flat = {m: matrix_values(table.column(name), name, rank, path.name) for m, name in pair.items()}
-            a = flat["A"].view(len(table), rank, -1).to(device)
-            b = flat["B"].view(len(table), -1, rank).to(device)
+            a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
             shapes.append([b.shape[1], a.shape[2], rank])
             try:
-                groups.append(torch.stack(lora_spectra(a, b)).cpu())
+                groups.append(batch_spectra(a, b, device))
             except FloatingPointError:
                 start = sum(file.metadata.row_group(before).num_rows for before in range(group))
                 name_the_model_that_is_not_finite(flat, pair, sizes[start:].tolist(), names[start:])
@@ -796,13 +815,14 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
 
     try:
         with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-            if not file.metadata.num_rows:
+            metadata = file.metadata
+            if not metadata.num_rows:
                 raise DsireError(f"{path}: no rows; delete the file or fetch it anew")
             columns = file.schema_arrow.names
             sizes, names = model_labels(file.read([name for name in ("label", "name") if name in columns]), path.name)
             layers, others = lora_layers(columns, path.name)
             with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-                runs = [pool.submit(pair_spectra, file, pair) for pair in layers.values()]
+                runs = [pool.submit(pair_spectra, pair) for pair in layers.values()]
                 try:
                     spectra = {layer: run.result() for layer, run in zip(layers, runs, strict=True)}
                 finally:
@@ -1419,55 +1439,129 @@ def load_spectra(shard: Shard, rank: int, cache: Path) -> Spectra | None:
         return None
 
 
-def fetched_ahead(source: Source, shards: list[Shard], cache: Path) -> Iterator[tuple[Shard, Path]]:
-    """Each shard with its path; the next one is downloaded while the caller works on the one it has.
+def fetched_ahead(
+    source: Source, shards: list[Shard], rank: int, cache: Path
+) -> Iterator[tuple[Shard, Path | Spectra, Callable[[], None]]]:
+    """Each shard locked, with its path, or its spectra if another run has computed them, and a function to unlock it.
 
-    The thread is a daemon: an error or Ctrl-C ends the script at once, and huggingface_hub resumes the download later.
+    The next shard is downloaded while the caller works on the one it has. The thread is a daemon: an error or Ctrl-C
+    ends the script at once. Runs on one cache lock shards in the same order, so none waits for another in a circle.
     """
-    turns: queue.Queue[Shard] = queue.Queue()
-    paths: queue.Queue[Path | BaseException] = queue.Queue()
+    from filelock import FileLock
 
-    def download() -> None:
+    turns: queue.Queue[Shard] = queue.Queue()
+    ready: queue.Queue[tuple[Path | Spectra, Callable[[], None]] | BaseException] = queue.Queue()
+
+    def prepare(shard: Shard) -> tuple[Path | Spectra, Callable[[], None]]:
+        place = spectra_file(shard, rank, cache).with_suffix(".lock")
+        with disk_errors(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(place, thread_local=False)  # taken here, released by the caller's thread
+            lock.acquire()
+        found = load_spectra(shard, rank, cache)
+        return (patiently(fetch, source, shard, cache) if found is None else found), lock.release
+
+    def prepare_all() -> None:
         while True:
             try:
-                paths.put(patiently(fetch, source, turns.get(), cache))
+                ready.put(prepare(turns.get()))
             except BaseException as error:  # it belongs to the caller, who raises it
-                paths.put(error)
+                ready.put(error)
 
-    threading.Thread(target=download, daemon=True).start()
+    threading.Thread(target=prepare_all, daemon=True).start()
     for shard in shards[:1]:
         turns.put(shard)
     for number, shard in enumerate(shards):
-        path = paths.get()
-        if isinstance(path, BaseException):
-            raise path
+        answer = ready.get()
+        if isinstance(answer, BaseException):
+            raise answer
         for following in shards[number + 1 : number + 2]:
             turns.put(following)
-        yield shard, path
+        yield shard, *answer
+
+
+def process_rank() -> int:
+    return torch.distributed.get_rank() if process_count() > 1 else 0
+
+
+def process_count() -> int:
+    """How many processes torchrun started for this run; 1 without it."""
+    import torch.distributed
+
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def wait_for_all_processes() -> None:
+    if process_count() > 1:
+        torch.distributed.barrier()
+
+
+def join_processes() -> None:
+    """Under torchrun (or a launcher that sets the same variables) make this process one of a group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    from datetime import timedelta
+
+    import torch.distributed
+
+    # gloo: all that is exchanged is who is ready; a subset can take hours, and a dead process ends the others anyway
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+
+
+def told_by_the_first(function: Callable[[], Any]) -> Any:
+    """What `function` returns, or raises, in the first process, in all of them."""
+    answer: list[Any] = [None, None]
+    if process_rank() == 0:
+        try:
+            answer[0] = function()
+        except DsireError as error:
+            answer[1] = error
+    if process_count() > 1:
+        torch.distributed.broadcast_object_list(answer)
+    if answer[1]:
+        if process_rank():
+            sys.exit(2)  # the first process says why
+        raise answer[1]
+    return answer[0]
 
 
 def subset_spectra(source: Source, rank: int, cache: Path, device: str = "cpu", keep_shards: bool = False) -> Spectra:
     """The spectra of a whole subset: from the cache, and for the shards that it lacks from their parquet.
 
     Each shard's spectra are written before its download is deleted, so that a run that is killed goes on at its shard.
+    Under torchrun each process computes its own share of the shards, and waits until all are there.
+
+    Raises:
+        DsireError: a shard can't be had or read, or its spectra can't be written.
+        KeyboardInterrupt: Ctrl-C; its message says how far the run came.
     """
     from tqdm import tqdm
 
     if source.shards[0].file.endswith(WEIGHT_ENDINGS):
         return folder_spectra(source, cache)
-    cached = {shard: load_spectra(shard, rank, cache) for shard in source.shards}
-    missing = [shard for shard, spectra in cached.items() if spectra is None]
-    found = {shard: spectra for shard, spectra in cached.items() if spectra is not None}
-    progress = tqdm(total=len(source.shards), initial=len(source.shards) - len(missing), unit="shard", disable=None)
-    with progress:
-        for shard, path in fetched_ahead(source, missing, cache):
-            progress.set_description(path.name)
-            found[shard] = spectra = shard_spectra(path, rank, device)
-            save_spectra(spectra, shard, rank, cache)
-            if source.commit and not keep_shards:
-                path.unlink(missing_ok=True)
-            progress.update()
-    return join_shards([found[shard] for shard in source.shards], [shard.file for shard in source.shards])
+    shards = source.shards
+    missing = [shard for shard in shards if load_spectra(shard, rank, cache) is None]
+    own = missing[process_rank() :: process_count()]
+    done = len(shards) - len(missing)
+    with tqdm(total=done + len(own), initial=done, unit="shard", disable=None) as progress:
+        try:
+            for shard, found, unlock in fetched_ahead(source, own, rank, cache):
+                progress.set_description(Path(shard.file).name)
+                if isinstance(found, Path):
+                    save_spectra(shard_spectra(found, rank, device), shard, rank, cache)
+                    if source.commit and not keep_shards:
+                        found.unlink(missing_ok=True)
+                unlock()
+                done += 1
+                progress.update()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{done} of {len(shards)} shards are done") from None
+    wait_for_all_processes()
+    found_all = [load_spectra(shard, rank, cache) for shard in shards]
+    for shard, spectra in zip(shards, found_all, strict=True):
+        if spectra is None:
+            raise DsireError(f"the spectra of {shard.file} are not in {cache}: run the same command again")
+    return join_shards([spectra for spectra in found_all if spectra is not None], [shard.file for shard in shards])
 
 
 def cached_file_spectra(shard: Shard, cache: Path) -> Spectra:
@@ -1932,8 +2026,13 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def choose_device(name: str | None) -> str:
+    """The device to compute on: the one that is named, or this process's GPU, or the CPU.
+
+    Raises:
+        DsireError: the device that is named can't be used.
+    """
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -1948,11 +2047,18 @@ def run(arguments: argparse.Namespace) -> int:
         notes.append("no --subset was given: this is the small subset that ships with the script")
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
+    join_processes()
     device = choose_device(arguments.device)
     cache = arguments.cache_dir
-    source, said = find_source(arguments.dataset or LORA_WISE, arguments.subset, arguments.revision, cache)
+    source, said = told_by_the_first(
+        lambda: find_source(arguments.dataset or LORA_WISE, arguments.subset, arguments.revision, cache)
+    )
+    if process_rank() and source.shards[0].file.endswith(WEIGHT_ENDINGS):
+        return 0  # such a folder is not worth sharing
     rank = rank_of(source, arguments.rank)
     spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards)
+    if process_rank():
+        return 0  # the first process evaluates
     notes += said + spectra.notes + what_is_unusual(spectra)
     spectra = spectra.of_matrices(arguments.matrices)
     spectra = replace(spectra, values=spectra.values.to(device))
@@ -2028,8 +2134,8 @@ def main() -> int:
     except DsireError as error:
         print_error(error)
         return 2
-    except KeyboardInterrupt:
-        print("dsire.py: stopped; the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"dsire.py: stopped{f', {interrupt}' if str(interrupt) else ''}; run it again to go on", file=sys.stderr)
         return 130
 
 

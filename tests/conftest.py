@@ -56,7 +56,7 @@ def weights_of(model: Model, rank: int = RANK, layers: Sequence[str] = LAYERS) -
     scale = float(model[1]) ** -0.2
     weights = {}
     for number, layer in enumerate(layers):
-        down, up = (rank, 16 + 8 * number), (24 + 8 * number, rank)
+        down, up = (rank, 16 + 8 * (number % 3)), (24 + 8 * (number % 2), rank)
         weights[f"{layer}.lora.down.weight"] = np.float32(scale * draw.normal(size=down))
         weights[f"{layer}.lora.up.weight"] = np.float32(scale * draw.normal(size=up))
     return weights
