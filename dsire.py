@@ -780,7 +780,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
 
     def pair_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
         if not hasattr(own, "file"):
-            own.file = pq.ParquetFile(path, metadata=metadata, memory_map=True, page_checksum_verification=True)
+            own.file = pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True)
         file = own.file
         groups = []
         shapes = []
@@ -814,7 +814,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         raise DsireError(f"{path.name}: columns {' and '.join(pair.values())} hold numbers too large to multiply")
 
     try:
-        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata = file.metadata
             if not metadata.num_rows:
                 raise DsireError(f"{path}: no rows; delete the file or fetch it anew")

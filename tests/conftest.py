@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -145,15 +146,37 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
 
     def run_command(*arguments: Any) -> Outcome:
-        output = tmp_path / "output"
-        options = [f"--cache_dir={tmp_path / 'cache'}", f"--output={output}", "--device=cpu"]
-        monkeypatch.setattr(sys, "argv", ["dsire.py", *options, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", command(tmp_path, *arguments)[1:])
         capsys.readouterr()
         try:
             code = dsire.main()
         except SystemExit as stop:
             code = stop.code
-        return Outcome(code, *capsys.readouterr(), output)
+        return Outcome(code, *capsys.readouterr(), tmp_path / "output")
+
+    return run_command
+
+
+def command(tmp_path: Path, *arguments: Any) -> list[str]:
+    """The command as `run` runs it, for a process of its own."""
+    options = [f"--cache_dir={tmp_path / 'cache'}", f"--output={tmp_path / 'output'}", "--device=cpu"]
+    return [sys.executable, str(ROOT / "dsire.py"), *options, *map(str, arguments)]
+
+
+@pytest.fixture
+def run_anew(tmp_path: Path) -> Run:
+    """Run the command in a new process, with the same cache as `run`."""
+
+    def run_command(*arguments: Any, **environment: str) -> Outcome:
+        done = subprocess.run(
+            command(tmp_path, *arguments),
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr, tmp_path / "output")
 
     return run_command
 

@@ -36,7 +36,7 @@ def test_every_vote_and_prediction_on_the_shipped_subset(
 ) -> None:
     models, expected = shipped_by_the_book
     assert list(zip(shipped.names, shipped.sizes.tolist(), strict=True)) == models
-    results = dsire.evaluate(shipped, experiments=10, train_size=15, seed=42)
+    results = dsire.evaluate(shipped, dsire.dsire, dsire.Protocol(experiments=10, train_size=15, seed=42))
     assert len(results) == len(expected) == 10
     for result, reference in zip(results, expected, strict=True):
         train, test = shipped.of_models(reference.train), shipped.of_models(reference.test)
@@ -103,7 +103,7 @@ def test_splits_are_those_of_random_sample() -> None:
     names = [f"thing_{number:02d}" for number in range(50) for _ in range(6)]
     random.Random(1).shuffle(names)
     draw = random.Random(42)
-    for train, test in dsire.splits(names, experiments=10, train_size=15, seed=42):
+    for train, test in dsire.splits(names, dsire.Protocol(experiments=10, train_size=15, seed=42)):
         trained = {f"thing_{number:02d}" for number in draw.sample(range(50), 15)}
         assert {names[model] for model in train} == trained
         assert not {names[model] for model in test} & trained
@@ -114,7 +114,7 @@ def test_splits_are_those_of_random_sample() -> None:
 def test_micro_datasets_are_numbered_by_sorted_name() -> None:
     """Integers sort as integers: 9 before 10."""
     names = [10, 9, 2, 10, 2]
-    ((train, test),) = dsire.splits(names, experiments=1, train_size=1, seed=0)
+    ((train, test),) = dsire.splits(names, dsire.Protocol(experiments=1, train_size=1, seed=0))
     chosen = [2, 9, 10][random.Random(0).sample(range(3), 1)[0]]
     assert {names[model] for model in train} == {chosen}
     assert {names[model] for model in test} == {2, 9, 10} - {chosen}
@@ -137,7 +137,7 @@ def test_an_experiment_worked_out_by_hand() -> None:
     models = [("x", 1), ("x", 5), ("y", 1), ("y", 5)]
     right, wrong = [[9.0], [1.0], [8.0], [2.0]], [[1.0], [9.0], [9.0], [1.0]]
     spectra = spectra_of(torch.tensor([right, wrong, right]), models)
-    (result,) = dsire.evaluate(spectra, experiments=1, train_size=1, seed=42)
+    (result,) = dsire.evaluate(spectra, dsire.dsire, dsire.Protocol(experiments=1, train_size=1, seed=42))
     assert result.prediction.sizes.tolist() == [1, 5]
     assert result.prediction.shares.max(-1).values.tolist() == pytest.approx([2 / 3, 2 / 3])
     assert (result.mae, result.mape, result.accuracy) == (0, 0, 100)

@@ -1,0 +1,242 @@
+"""What a user can mend ends with exit code 2 and one line on stderr that says how."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import LAYERS, Run, change, models_of, parquet_files, table_of, write_folder
+
+DOWN, UP = (f"{LAYERS[1]}.lora.{word}.weight" for word in ("down", "up"))
+LENGTH = 4 * 24  # of DOWN's rows
+
+
+def folder_of(tmp_path: Path, *edits: Callable[[pa.Table], pa.Table], **options: Any) -> Path:
+    """18 micro-datasets in one shard for each edit."""
+    models = models_of(18)
+    parts = np.array_split(np.arange(len(models)), len(edits))
+    shards = [edit(table_of([models[index] for index in part])) for edit, part in zip(edits, parts, strict=True)]
+    return write_folder(tmp_path / "wise", shards, **options)
+
+
+def as_it_is(table: pa.Table) -> pa.Table:
+    return table
+
+
+def test_unknown_subset(run: Run, folder: Path) -> None:
+    assert run(f"--dataset={folder}", "--subset=low_64").says("--subset=low_64", "low_4")
+
+
+def test_several_subsets_and_none_chosen(run: Run, folder: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "other", [table_of(models_of(2))], subset="medium_4")
+    (tmp_path / "other" / "medium").rename(folder / "medium")
+    readme = (folder / "README.md").read_text()
+    more = "- config_name: medium_4\n  data_files:\n  - split: train\n    path: medium/4/train-*\n---"
+    (folder / "README.md").write_text(more.join(readme.rsplit("---", 1)))
+    assert run(f"--dataset={folder}").says("--subset", "low_4", "medium_4")
+
+
+def test_no_such_folder(run: Run) -> None:
+    assert run("--dataset=./nowhere", "--subset=low_4").says("./nowhere")
+
+
+def test_a_folder_without_weights(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run(f"--dataset={tmp_path / 'empty'}").says(str(tmp_path / "empty"))
+
+
+def test_a_subset_without_parquet(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "low" / "4").mkdir(parents=True)
+    (folder / "low" / "4" / "train.csv").write_text("label,name\n1,x\n")
+    pq.write_table(pa.table({"label": [1]}), folder / "stray.parquet")
+    configs = "configs:\n- config_name: low_4\n  data_files: low/4/train.csv\n"
+    (folder / "README.md").write_text(f"---\n{configs}---\n")
+    assert run(f"--dataset={folder}", "--subset=low_4").says("low_4", "train.csv", "parquet")
+
+
+def test_a_rank_that_contradicts_the_name(run: Run, folder: Path) -> None:
+    assert run(f"--dataset={folder}", "--rank=8").says("--rank=8", "low_4", "4", LAYERS[0])
+
+
+def test_a_rank_that_does_not_divide(run: Run, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, as_it_is, subset="mine")
+    assert run(f"--dataset={folder}", "--rank=7").says(".lora.", ".weight", "--rank=7", str(4 * 16))
+
+
+def test_no_rank_in_the_name(run: Run, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, as_it_is, subset="mine")
+    assert run(f"--dataset={folder}").says("mine", "--rank")
+
+
+@pytest.mark.parametrize(("lone", "partner"), [(DOWN, UP), (UP, DOWN)], ids=["A without B", "B without A"])
+def test_a_matrix_without_its_partner(run: Run, tmp_path: Path, lone: str, partner: str) -> None:
+    folder = folder_of(tmp_path, lambda table: table.drop_columns([partner]))
+    assert run(f"--dataset={folder}").says(lone)
+
+
+def test_lengths_that_differ_between_rows(run: Run, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lambda table: change(table, DOWN, 5, lambda values: values * 2))
+    assert run(f"--dataset={folder}").says(DOWN, str(LENGTH), str(2 * LENGTH))
+
+
+def test_lengths_that_differ_between_row_groups(run: Run, tmp_path: Path) -> None:
+    def doubled(table: pa.Table) -> pa.Table:
+        lists = [values * 2 if row >= 54 else values for row, values in enumerate(table.column(DOWN).to_pylist())]
+        return table.set_column(table.column_names.index(DOWN), DOWN, pa.array(lists, pa.list_(pa.float64())))
+
+    folder = folder_of(tmp_path, doubled, row_group_size=54)
+    assert run(f"--dataset={folder}").says(DOWN, str(LENGTH), str(2 * LENGTH))
+
+
+def test_lengths_that_differ_between_shards(run: Run, tmp_path: Path) -> None:
+    def doubled(table: pa.Table) -> pa.Table:
+        lists = [values * 2 for values in table.column(DOWN).to_pylist()]
+        return table.set_column(table.column_names.index(DOWN), DOWN, pa.array(lists, pa.list_(pa.float64())))
+
+    folder = folder_of(tmp_path, as_it_is, doubled)
+    assert run(f"--dataset={folder}").says("mid_block", "24", "48", "train-00001-of-00002.parquet")
+
+
+def test_a_layer_that_another_shard_lacks(run: Run, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, as_it_is, lambda table: table.drop_columns([DOWN, UP]))
+    assert run(f"--dataset={folder}").says("mid_block", "00000-of-00002", "00001-of-00002")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite(run_anew: Run, run: Run, tmp_path: Path, bad: float) -> None:
+    name, size = models_of(18)[70]
+    folder = folder_of(tmp_path, lambda table: change(table, UP, 70, lambda values: [*values[:-1], bad]))
+    outcome = (run if bad == bad else run_anew)(f"--dataset={folder}")
+    assert outcome.says(f"model {name} of size {size}", UP)
+
+
+def test_a_weight_that_is_not_finite_in_a_later_row_group(run: Run, tmp_path: Path) -> None:
+    name, size = models_of(18)[70]
+    edit: Callable[[list[float]], list[float]] = lambda values: [float("nan"), *values[1:]]  # noqa: E731
+    folder = folder_of(tmp_path, lambda table: change(table, DOWN, 70, edit), row_group_size=30)
+    assert run(f"--dataset={folder}").says(f"model {name} of size {size}", DOWN)
+
+
+def test_a_matrix_that_is_missing(run: Run, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lambda table: change(table, UP, 3, lambda values: None))
+    assert run(f"--dataset={folder}").says(UP, "null")
+
+
+def test_a_column_that_is_no_list(run: Run, tmp_path: Path) -> None:
+    def flattened(table: pa.Table) -> pa.Table:
+        return table.set_column(table.column_names.index(UP), UP, pa.array([1.0] * len(table)))
+
+    assert run(f"--dataset={folder_of(tmp_path, flattened)}").says(UP, "double")
+
+
+@pytest.mark.parametrize("column", ["label", "name"])
+def test_a_missing_label_or_name(run: Run, tmp_path: Path, column: str) -> None:
+    folder = folder_of(tmp_path, lambda table: table.drop_columns([column]))
+    assert run(f"--dataset={folder}").says(column, ".parquet")
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_size_that_is_none(run: Run, tmp_path: Path, size: int) -> None:
+    def edit(table: pa.Table) -> pa.Table:
+        return table.set_column(0, "label", pa.array([size, *table.column("label").to_pylist()[1:]]))
+
+    assert run(f"--dataset={folder_of(tmp_path, edit)}").says("label", str(size))
+
+
+SPOILT: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "no parquet": lambda content: b"<html>not found</html>",
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_a_file_that_is_not_whole(run: Run, folder: Path, spoil: Callable[[bytes], bytes]) -> None:
+    file = parquet_files(folder)[1]
+    file.write_bytes(spoil(file.read_bytes()))
+    assert run(f"--dataset={folder}", "--subset=low_4").says(file.name, "delete")
+
+
+def test_damage_in_the_middle_of_a_file(run: Run, folder: Path) -> None:
+    """Nothing that is damaged is taken for weights: either the page's checksum or the decompression tells."""
+    file = parquet_files(folder)[0]
+    pq.write_table(pq.read_table(file), file, write_page_checksum=True)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    file.write_bytes(content)
+    assert run(f"--dataset={folder}").says(file.name, "delete")
+
+
+def test_too_few_micro_datasets(run: Run, folder: Path) -> None:
+    outcome = run(f"--dataset={folder}", "--train_size=20")
+    assert outcome.says("--train_size=20", "21", "there are 20", "largest --train_size that works is 19")
+
+
+def test_one_micro_dataset(run: Run, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "wise", [table_of(models_of(1))])
+    assert run(f"--dataset={folder}", "--train_size=1").says("--train_size=1", "there are 1")
+
+
+def test_a_cache_that_cannot_be_written(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert run(f"--dataset={folder}").says(str(tmp_path / "cache"), "nothing that was computed is lost")
+
+
+def test_a_full_disk_loses_nothing(
+    run: Run, run_anew: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the second shard; the next run has the first one's spectra, and reads the others only."""
+    to_disk = os.fsync
+
+    def fsync(number: int) -> None:
+        if "00001-of-00003" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        to_disk(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run(f"--dataset={folder}").says(
+        str(tmp_path / "cache"), "No space left", "nothing that was computed is lost"
+    )
+    assert not list((tmp_path / "cache").rglob("*.half"))
+    first = parquet_files(folder)[0]
+    status = first.stat()
+    first.write_bytes(b"x" * status.st_size)
+    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert run_anew(f"--dataset={folder}").code == 0
+
+
+def test_a_damaged_cache_is_computed_anew(run: Run, folder: Path, tmp_path: Path) -> None:
+    first = run(f"--dataset={folder}")
+    whole, short, *_ = sorted((tmp_path / "cache" / "spectra").glob("*.safetensors"))
+    whole.write_bytes(b"rubbish")
+    short.write_bytes(short.read_bytes()[:-100])
+    second = run(f"--dataset={folder}")
+    assert (second.code, second.predictions) == (0, first.predictions)
+
+
+def test_an_output_that_cannot_be_written(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "output").write_text("a file where the folder should be")
+    assert run(f"--dataset={folder}").says(str(tmp_path / "output"))
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ("--experiments=0", ("--experiments", "'0'")),
+        ("--train_size=-1", ("--train_size", "'-1'")),
+        ("--rank=four", ("--rank", "'four'")),
+        ("--matrices=AB", ("--matrices", "AB")),
+        ("--device=abacus", ("--device=abacus",)),
+        ("--no_such_option", ("--no_such_option",)),
+    ],
+)
+def test_options_that_make_no_sense(run: Run, folder: Path, option: str, parts: tuple[str, ...]) -> None:
+    assert run(f"--dataset={folder}", option).says(*parts)
