@@ -36,6 +36,8 @@ import torch  # noqa: E402
 
 import dsire  # noqa: E402
 
+torch.set_num_threads(1)  # what tests compute is small
+
 settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
 settings.load_profile("same every time")
 
@@ -86,8 +88,11 @@ def write_folder(folder: Path, shards: Sequence[pa.Table], subset: str = "low_4"
     (folder / path).mkdir(parents=True)
     for number, shard in enumerate(shards):
         pq.write_table(shard, folder / path / f"train-{number:05d}-of-{len(shards):05d}.parquet", **options)
+    numbers = {True: "sequence: float64", False: "dtype: string"}
+    features = [f"  - name: {field.name}\n    {numbers['.lora.' in field.name]}\n" for field in shards[0].schema]
+    info = f"dataset_info:\n- config_name: {subset}\n  features:\n{''.join(features)}"
     configs = f"configs:\n- config_name: {subset}\n  data_files:\n  - split: train\n    path: {path}/train-*\n"
-    (folder / "README.md").write_text(f"---\n{configs}---\n")
+    (folder / "README.md").write_text(f"---\n{info}{configs}---\n")
     return folder
 
 
@@ -118,13 +123,18 @@ class Outcome:
     err: str
     output: Path
 
+    def __post_init__(self) -> None:
+        """What is written is read at once: another run may write to the same folder."""
+        written = [*self.output.glob("*.json"), *self.output.glob("*.csv")]
+        self.written = {file.name: file.read_text() for file in written}
+
     @property
     def report(self) -> dict[str, Any]:
-        return json.loads((self.output / "report.json").read_text())
+        return json.loads(self.written["report.json"])
 
     @property
     def predictions(self) -> str:
-        return (self.output / "predictions.csv").read_text()
+        return self.written["predictions.csv"]
 
     def says(self, *parts: str) -> bool:
         """Ended with an error of one line that contains these parts."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import dsire
+import pytest
 import torch
 from conftest import Model, weights_of
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -19,6 +19,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
+
+import dsire
+
+torch.set_num_threads(1)  # matrices this small are slower in several threads, many times so on a busy machine
 
 Lora = dict[str, tuple[Tensor, Tensor]]  # path of a layer, with dots -> A [r, in], B [out, r]
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -146,7 +150,11 @@ def one_layer(**changes: Any) -> dict[str, Any]:
     """The tensors of a sound file with a single layer x of rank 2, in kohya's layout; the changes are `down=...`."""
     random = torch.Generator().manual_seed(0)
     parts = {"down": torch.randn(2, 6, generator=random), "up": torch.randn(5, 2, generator=random), **changes}
-    keys = {"down": "lora_unet_x.lora_down.weight", "up": "lora_unet_x.lora_up.weight", "mid": "lora_unet_x.lora_mid.weight"}
+    keys = {
+        "down": "lora_unet_x.lora_down.weight",
+        "up": "lora_unet_x.lora_up.weight",
+        "mid": "lora_unet_x.lora_mid.weight",
+    }
     return {keys.get(part, f"lora_unet_x.{part}"): tensor for part, tensor in parts.items()}
 
 
@@ -191,7 +199,7 @@ def within(seconds: float) -> Iterator[None]:
     """Break off what takes longer."""
 
     def too_long(_: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"still running after {seconds} s")
+        pytest.fail(f"still running after {seconds} s")  # no Exception, so nothing under test can catch it
 
     before = signal.signal(signal.SIGALRM, too_long)
     signal.setitimer(signal.ITIMER_REAL, seconds)

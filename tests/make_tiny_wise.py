@@ -3,11 +3,10 @@
     python tests/make_tiny_wise.py --subset low_4      # sizes 1 2 3 4 5 6
     python tests/make_tiny_wise.py --subset medium_4   # sizes 1 10 20 30 40 50
 
-A small class-conditional diffusion UNet is trained on scikit-learn's digits (8 x 8 grey images). Then LoRA (rank 4)
-is fine-tuned on the query, key, value and output projections of every attention, once for each (micro-dataset, size):
-the recipe of the paper (Section 4) in small. Every fine-tune is a file of its own in the work folder, so a run that
-is stopped goes on where it was. `--pilot` trains on micro-datasets of images that no shipped model has seen, on
-which the recipe was chosen.
+A small diffusion UNet is trained on scikit-learn's digits (8 x 8 grey images). Then LoRA (rank 4) is fine-tuned on the
+query, key, value and output projections of every attention, once for each (micro-dataset, size): the recipe of the
+paper (Section 4) in small. A run that is stopped goes on where it was. `--pilot` makes the subset on which the recipe
+was chosen, in the work folder: no shipped model of `low_4` has seen its images.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from torch.nn.functional import mse_loss
+from torch import nn
 from tqdm import tqdm
 
 RANK = 4
 SIZES = {"low_4": [1, 2, 3, 4, 5, 6], "medium_4": [1, 10, 20, 30, 40, 50]}
-MICRO_DATASETS = {"low_4": 4, "medium_4": 2}  # for each of the ten digits
-BASE_IMAGES = 74  # images of each digit for the base model; the next 100 are for fine-tunes
+MICRO_DATASETS = {"low_4": 40, "medium_4": 20}
+PILOT_MICRO_DATASETS = {"low_4": 20, "medium_4": 10}
+BASE_IMAGES, FINE_TUNE_IMAGES = 74, 100  # of each digit, for the base model and then for fine-tunes
 BASE_STEPS, BASE_BATCH, BASE_LEARNING_RATE = 4000, 64, 1e-3
-STEPS = {"low_4": 300, "medium_4": 300}
-LEARNING_RATE = 1e-3
+TOKENS, WIDTH = 4, 32  # the condition of a digit: learned tokens (from one alone, attn2's to_q and to_k learn nothing)
+STEPS = {"low_4": 60, "medium_4": 150}
+LEARNING_RATE, WEIGHT_DECAY = 5e-4, 1e-2
+DRAWS = 8  # of noise for the one image of a step: 64 numbers, not the 16,384 of a latent, would leave a gradient noisy
 SEED = 0
-TOKENS, WIDTH = 4, 32  # the condition of a digit: so many learned tokens of so many numbers
-SHARD_MODELS = 48  # models in a shard
+TOGETHER = 5  # micro-datasets whose models are trained side by side
+SHARD_MODELS = {"low_4": 48, "medium_4": 30}
+SCHEDULE = DDPMScheduler()
 
 
 def images_of_each_digit() -> list[torch.Tensor]:
@@ -51,18 +53,27 @@ def images_of_each_digit() -> list[torch.Tensor]:
     return [images[digits.target == digit] for digit in range(10)]
 
 
-def micro_datasets(subset: str, pilot: bool) -> dict[str, tuple[int, torch.Tensor]]:
-    """Name -> (digit, images [largest size, 1, 8, 8]); a smaller size takes the first images of a larger one."""
-    largest = max(SIZES[subset])
-    found = {}
-    for digit, images in enumerate(images_of_each_digit()):
-        pool = images[BASE_IMAGES : BASE_IMAGES + 100]
-        if pilot:  # images that no shipped low_4 model sees, from the pool's end (medium_4 needs the whole pool)
-            found[f"pilot_{digit}"] = (digit, pool.flip(0)[:largest])
-            continue
-        for number in range(MICRO_DATASETS[subset]):
-            found[f"digit_{digit}_{chr(ord('a') + number)}"] = (digit, pool[number * largest : (number + 1) * largest])
-    return found
+def micro_datasets(subset: str, pilot: bool) -> dict[str | int, tuple[torch.Tensor, torch.Tensor]]:
+    """Name -> images [largest size, 1, 8, 8] and the digit that each shows; a smaller size takes the first of them.
+
+    Images are dealt, none twice, the ten digits in a new random order for every micro-dataset: the images of a small
+    one show different digits, those of a large one show all of them equally often.
+    """
+    first, count = 0, MICRO_DATASETS[subset]
+    pool = [images[BASE_IMAGES : BASE_IMAGES + FINE_TUNE_IMAGES] for images in images_of_each_digit()]
+    if pilot and subset == "low_4":
+        first, count = count, PILOT_MICRO_DATASETS[subset]
+    elif pilot:  # the shipped subset takes every image of the pool, which leaves those of the base model
+        count = PILOT_MICRO_DATASETS[subset]
+        pool = [images[:BASE_IMAGES] for images in images_of_each_digit()]
+    piles = [iter(images) for images in pool]
+    random = np.random.default_rng(SEED)
+    found: dict[str | int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for number in range(first + count):
+        digits = np.resize(random.permutation(10), max(SIZES[subset]))
+        name = f"hand_{number:02d}" if subset == "low_4" else number  # strings and numbers, as in LoRA-WiSE
+        found[name] = torch.stack([next(piles[digit]) for digit in digits]), torch.from_numpy(digits)
+    return dict(list(found.items())[first:])
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -80,18 +91,29 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
+def draw_noise(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise for `count` images, and a time step for each."""
+    noise = torch.randn(count, 1, 8, 8, generator=generator)
+    return noise, torch.randint(SCHEDULE.config.num_train_timesteps, (count,), generator=generator)
+
+
+def draw_noise_evenly(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise for one image `count` times over, with a time step from each of `count` equal parts of the schedule."""
+    noise = torch.randn(count, 1, 8, 8, generator=generator)
+    part = SCHEDULE.config.num_train_timesteps / count
+    return noise, ((torch.arange(count) + torch.rand(count, generator=generator)) * part).long()
+
+
 def denoising_loss(
     unet: UNet2DConditionModel,
     images: torch.Tensor,
     condition: torch.Tensor,
-    schedule: DDPMScheduler,
-    generator: torch.Generator,
+    noise: torch.Tensor,
+    times: torch.Tensor,
 ) -> torch.Tensor:
-    """The diffusion loss: mean squared error of the predicted noise at a random time step."""
-    noise = torch.randn(images.shape, generator=generator)
-    times = torch.randint(schedule.config.num_train_timesteps, (len(images),), generator=generator)
-    noisy = schedule.add_noise(images, noise, times)
-    return mse_loss(unet(noisy, times, condition).sample, noise)
+    """The diffusion loss of every image: the mean squared error of the predicted noise."""
+    predicted = unet(SCHEDULE.add_noise(images, noise, times), times, condition).sample
+    return (predicted - noise).square().mean(dim=(1, 2, 3))
 
 
 def train_base(path: Path) -> None:
@@ -102,15 +124,16 @@ def train_base(path: Path) -> None:
     generator = torch.Generator().manual_seed(SEED)
     images = torch.cat([images[:BASE_IMAGES] for images in images_of_each_digit()])
     digits = torch.arange(10).repeat_interleave(BASE_IMAGES)
-    unet, schedule = new_unet(), DDPMScheduler()
-    condition = torch.nn.Parameter(torch.randn(10, TOKENS, WIDTH))
+    unet = new_unet()
+    condition = nn.Parameter(torch.randn(10, TOKENS, WIDTH))
     parameters = [*unet.parameters(), condition]
     optimizer = torch.optim.AdamW(parameters, lr=BASE_LEARNING_RATE, weight_decay=0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BASE_STEPS)
     losses = []
     for step in tqdm(range(BASE_STEPS), desc="base model", mininterval=10):
         rows = torch.randint(len(images), (BASE_BATCH,), generator=generator)
-        loss = denoising_loss(unet, images[rows], condition[digits[rows]], schedule, generator)
+        noise, times = draw_noise(BASE_BATCH, generator)
+        loss = denoising_loss(unet, images[rows], condition[digits[rows]], noise, times).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -144,76 +167,109 @@ def load_base(path: Path) -> tuple[UNet2DConditionModel, torch.Tensor]:
     return unet.requires_grad_(False), condition
 
 
-def lora_weights(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """The LoRA matrices under LoRA-WiSE's column names, in the order of the network's layers."""
-    weights = get_peft_model_state_dict(unet)
-    renamed = {}
-    for name, tensor in weights.items():
-        layer, matrix = name.rsplit(".lora_", 1)
-        renamed[f"unet.{layer}.lora.{'down' if matrix == 'A.weight' else 'up'}.weight"] = tensor
-    return renamed
+class LorasSideBySide(nn.Module):
+    """A frozen linear layer with one LoRA for each of many models; each sees its own equal share of the batch.
+
+    The base model is the same for all, so one pass trains them all, several times faster than one after the other.
+    """
+
+    def __init__(self, layer: nn.Linear, models: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.layer = layer
+        start = torch.randn(RANK, layer.in_features, generator=generator) / RANK  # as peft's "gaussian"
+        self.down = nn.Parameter(start.repeat(models, 1, 1))
+        self.up = nn.Parameter(torch.zeros(models, layer.out_features, RANK))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        of_each_model = inputs.reshape(len(self.down), -1, inputs.shape[-1])
+        change = of_each_model @ self.down.mT @ self.up.mT
+        return self.layer(inputs) + change.reshape(*inputs.shape[:-1], -1)
 
 
-def add_lora(unet: UNet2DConditionModel) -> None:
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))
+def adapted_layers(unet: UNet2DConditionModel) -> list[str]:
+    """The layers that get a LoRA, in the network's order."""
+    return [name for name, _ in unet.named_modules() if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
 
 
-def fine_tune(base: Path, path: Path, digit: int, images: torch.Tensor, steps: int) -> None:
-    """One LoRA on `images` [size, 1, 8, 8] of one digit: batch 1, constant learning rate, the same seed for every model."""
-    if path.exists():
+def columns_of(layer: str) -> tuple[str, str]:
+    """The names of A and B of a layer in LoRA-WiSE."""
+    return f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"
+
+
+def fine_tune(base: Path, models: dict[Path, tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+    """One LoRA for each file's images and digits: batch 1, constant learning rate, the same seed and noise for all."""
+    if all(path.exists() for path in models):
         return
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    order = shuffled_forever(len(images), torch.Generator().manual_seed(SEED))
     unet, conditions = load_base(base)
-    add_lora(unet)
+    loras = {name: LorasSideBySide(unet.get_submodule(name), len(models), generator) for name in adapted_layers(unet)}
+    for name, lora in loras.items():
+        unet.set_submodule(name, lora)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-2, fused=True)
-    schedule = DDPMScheduler()
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    sizes = {len(images) for images, _ in models.values()}
+    orders = {size: shuffled_forever(size, torch.Generator().manual_seed(SEED)) for size in sizes}
     for _ in range(steps):
-        image = images[next(order)][None]
-        loss = denoising_loss(unet, image, conditions[digit][None], schedule, generator)
+        chosen = {size: next(order) for size, order in orders.items()}
+        images = torch.stack([images[chosen[len(images)]] for images, _ in models.values()])
+        digits = torch.stack([digits[chosen[len(digits)]] for _, digits in models.values()])
+        noise, times = draw_noise_evenly(DRAWS, generator)
+        losses = denoising_loss(
+            unet,
+            images.repeat_interleave(DRAWS, dim=0),
+            conditions[digits].repeat_interleave(DRAWS, dim=0),
+            noise.repeat(len(models), 1, 1, 1),
+            times.repeat(len(models)),
+        )
         optimizer.zero_grad()
-        loss.backward()
+        (losses.sum() / DRAWS).backward()  # a sum over models, none of which the others' losses concern
         optimizer.step()
-    save_whole(lora_weights(unet), path)
+    for model, path in enumerate(models):
+        weights = {}
+        for name, lora in loras.items():
+            weights |= dict(zip(columns_of(name), (lora.down[model], lora.up[model]), strict=True))
+        save_whole(weights, path)
 
 
-def fine_tune_all(subset: str, work: Path, pilot: bool, steps: int, processes: int) -> list[tuple[str, int, Path]]:
-    """Every (micro-dataset, size), one process a core; returns name, size and file of each, in a shuffled order."""
+def fine_tune_all(subset: str, work: Path, pilot: bool, processes: int) -> list[tuple[str | int, int, Path]]:
+    """Every (micro-dataset, size): name, size and file of each, in a shuffled order."""
     base = work / "base.safetensors"
     train_base(base)
-    jobs = []
-    for name, (digit, images) in micro_datasets(subset, pilot).items():
-        for size in SIZES[subset]:
-            path = work / f"{subset}_{steps}" / f"{name}_{size}.safetensors"
-            jobs.append((name, size, path, digit, images[:size]))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(fine_tune, base, path, digit, images, steps) for _, _, path, digit, images in jobs]
-        for run in tqdm(runs, desc=subset, mininterval=10):
+    folder = work / f"{subset}{'_pilot' * pilot}_{STEPS[subset]}_{LEARNING_RATE}_{DRAWS}"
+    found = list(micro_datasets(subset, pilot).items())
+    models, runs = [], []
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for start in range(0, len(found), TOGETHER):
+            images_of = {}
+            for name, (images, digits) in found[start : start + TOGETHER]:
+                for size in SIZES[subset]:
+                    path = folder / f"{name}_{size}.safetensors"
+                    models.append((name, size, path))
+                    images_of[path] = images[:size].clone(), digits[:size].clone()
+            runs.append(pool.submit(fine_tune, base, images_of, STEPS[subset]))
+        for run in tqdm(runs, desc=folder.name):
             run.result()
-    order = np.random.default_rng(SEED).permutation(len(jobs))  # LoRA-WiSE's rows are in no useful order either
-    return [jobs[index][:3] for index in order]
+    order = np.random.default_rng(SEED).permutation(len(models))  # LoRA-WiSE's rows are in no useful order either
+    return [models[index] for index in order]
 
 
-def write_shards(models: list[tuple[str, int, Path]], folder: Path) -> None:
+def write_shards(models: list[tuple[str | int, int, Path]], folder: Path, shard_models: int) -> None:
     """Parquet shards of flat float64 lists, one row group each, as on the Hub (but zstd, which halves them)."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("train-*.parquet"):
         old.unlink()
-    shards = [models[start : start + SHARD_MODELS] for start in range(0, len(models), SHARD_MODELS)]
+    layers = adapted_layers(new_unet())
+    shards = [models[start : start + shard_models] for start in range(0, len(models), shard_models)]
     for number, shard in enumerate(shards):
         weights = [load_file(path) for _, _, path in shard]
         columns: dict[str, Any] = {
             "label": pa.array([size for _, size, _ in shard], pa.int64()),
-            "name": pa.array([name for name, _, _ in shard], pa.string()),
+            "name": pa.array([name for name, _, _ in shard]),
         }
-        for column in weights[0]:
+        matrices = [column for layer in layers for column in columns_of(layer)]
+        for column in matrices:
             flat = [model[column].double().flatten().numpy() for model in weights]
             columns[column] = pa.array(flat, pa.list_(pa.float64()))
-        values = [f"{column}.list.element" for column in weights[0]]
         pq.write_table(
             pa.table(columns),
             folder / f"train-{number:05d}-of-{len(shards):05d}.parquet",
@@ -221,8 +277,69 @@ def write_shards(models: list[tuple[str, int, Path]], folder: Path) -> None:
             compression="zstd",
             compression_level=19,
             use_dictionary=["label", "name"],
-            column_encoding={value: "BYTE_STREAM_SPLIT" for value in values},
+            column_encoding={f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in matrices},
         )
+
+
+def write_card(output: Path) -> None:
+    """The README.md of a Hub dataset, whose header tells `datasets` the configs and their columns."""
+    features, configs = [], []
+    shards_of = {subset: sorted((output / subset.replace("_", "/")).glob("train-*.parquet")) for subset in SIZES}
+    made = {subset: shards for subset, shards in shards_of.items() if shards}
+    for subset, shards in made.items():
+        features += [f"- config_name: {subset}", "  features:"]
+        for field in pq.read_schema(shards[0]):
+            kind = "sequence: float64" if pa.types.is_list(field.type) else f"dtype: {field.type}"
+            features += [f"  - name: {field.name}", f"    {kind}"]
+        configs += [
+            f"- config_name: {subset}",
+            "  data_files:",
+            "  - split: train",
+            f"    path: {subset.replace('_', '/')}/train-*",
+        ]
+    header = ["---", "license: mit", "dataset_info:", *features, "configs:", *configs, "---"]
+    (output / "README.md").write_text("\n".join(header) + "\n" + card(list(made)))
+
+
+def card(subsets: list[str]) -> str:
+    """The text under the header."""
+    layers = len(adapted_layers(new_unet()))
+    rows = []
+    for subset in subsets:
+        sizes, count = SIZES[subset], MICRO_DATASETS[subset]
+        rows.append(f"| {subset} | {' '.join(map(str, sizes))} | {count} | {count * len(sizes)} | {STEPS[subset]} |")
+    table = "\n".join(rows)
+    return f"""
+# LoRA-WiSE in small
+
+Real LoRA fine-tunes in the layout of [LoRA-WiSE](https://huggingface.co/datasets/MoSalama98/LoRA-WiSE), small enough
+to ship: a row is a model, `label` the number of images it was fine-tuned on, `name` its micro-dataset, and every other
+column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out, {RANK}]).
+
+| config | sizes | micro-datasets | models | steps |
+|---|---|---|---|---|
+{table}
+
+- Images: the digits of scikit-learn (`load_digits`: the test set of E. Alpaydin and C. Kaynak's Optical Recognition
+  of Handwritten Digits, UCI Machine Learning Repository, CC BY 4.0), 8 x 8 and grey. A micro-dataset is a hand of them:
+  the ten digits in a random order, again and again, no image twice. A smaller size takes a larger one's first images.
+- Base model: a `UNet2DConditionModel` of diffusers with {layers} attention projections, trained
+  on the first {BASE_IMAGES} images of each digit ({BASE_STEPS:,} steps, batch {BASE_BATCH}, AdamW, learning rate
+  {BASE_LEARNING_RATE:g} decayed by a cosine), conditioned on {TOKENS} learned tokens a digit. Fine-tunes take their
+  images from the next {FINE_TUNE_IMAGES} of each digit.
+- Fine-tune: LoRA of rank {RANK} on the query, key, value and output projections; one image a step, under {DRAWS} draws
+  of noise with evenly spread time steps; AdamW, constant learning rate {LEARNING_RATE:g}, weight decay
+  {WEIGHT_DECAY:g}; the tokens of the image's digit as condition; seed {SEED} for every model.
+- The recipe (learning rate, steps, draws, hands of mixed digits) was chosen on pilot models only, of other images than
+  the shipped models': for `low_4` {PILOT_MICRO_DATASETS["low_4"]} more hands; for `medium_4`, which uses up the images
+  for fine-tunes, {PILOT_MICRO_DATASETS["medium_4"]} hands of the base model's images.
+- Made with torch {version("torch")} and diffusers {version("diffusers")} on a CPU by
+
+      python tests/make_tiny_wise.py --subset low_4
+      python tests/make_tiny_wise.py --subset medium_4
+
+Licence: MIT.
+"""
 
 
 def main() -> None:
@@ -230,23 +347,13 @@ def main() -> None:
     parser.add_argument("--subset", choices=sorted(SIZES), default="low_4")
     parser.add_argument("--work", type=Path, default=Path(".cache/make_tiny_wise"), help="where fine-tunes are kept")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny_wise")
-    parser.add_argument(
-        "--pilot", action="store_true", help="train the pilot's models and write them to the work folder"
-    )
-    parser.add_argument("--steps", type=int, help="fine-tuning steps (default: the subset's)")
+    parser.add_argument("--pilot", action="store_true", help="make the pilot's subset, in the work folder")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    steps = arguments.steps or STEPS[arguments.subset]
-    work = arguments.work / "pilot" if arguments.pilot else arguments.work
-    if arguments.pilot:
-        train_base(arguments.work / "base.safetensors")
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "base.safetensors").unlink(missing_ok=True)
-        os.link(arguments.work / "base.safetensors", work / "base.safetensors")
-    models = fine_tune_all(arguments.subset, work, arguments.pilot, steps, arguments.processes)
-    span, rank = arguments.subset.split("_")
-    output = work / f"steps_{steps}" if arguments.pilot else arguments.output
-    write_shards(models, output / span / rank)
+    output = arguments.work / "pilot" if arguments.pilot else arguments.output
+    models = fine_tune_all(arguments.subset, arguments.work, arguments.pilot, arguments.processes)
+    write_shards(models, output / arguments.subset.replace("_", "/"), SHARD_MODELS[arguments.subset])
+    write_card(output)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import LAYERS, Run, change, models_of, parquet_files, table_of, write_folder
+from conftest import LAYERS, Outcome, Run, change, command, models_of, parquet_files, table_of, write_folder
 
 DOWN, UP = (f"{LAYERS[1]}.lora.{word}.weight" for word in ("down", "up"))
 LENGTH = 4 * 24  # of DOWN's rows
@@ -190,27 +190,31 @@ def test_a_cache_that_cannot_be_written(run: Run, folder: Path, tmp_path: Path) 
     assert run(f"--dataset={folder}").says(str(tmp_path / "cache"), "nothing that was computed is lost")
 
 
-def test_a_full_disk_loses_nothing(
-    run: Run, run_anew: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+FULL_DISK = """
+import errno, os, runpy, sys
+to_disk = os.fsync
+def fsync(number):
+    if "00001-of-00003" in os.readlink(f"/proc/self/fd/{number}"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    to_disk(number)
+os.fsync = fsync
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_loses_nothing(run: Run, folder: Path, tmp_path: Path) -> None:
     """The disk is full at the second shard; the next run has the first one's spectra, and reads the others only."""
-    to_disk = os.fsync
-
-    def fsync(number: int) -> None:
-        if "00001-of-00003" in os.readlink(f"/proc/self/fd/{number}"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        to_disk(number)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert run(f"--dataset={folder}").says(
-        str(tmp_path / "cache"), "No space left", "nothing that was computed is lost"
-    )
+    python, *rest = command(tmp_path, f"--dataset={folder}")
+    failed = subprocess.run([python, "-c", FULL_DISK, *rest], capture_output=True, text=True, timeout=120)
+    outcome = Outcome(failed.returncode, failed.stdout, failed.stderr, tmp_path)
+    assert outcome.says(str(tmp_path / "cache"), "No space left", "nothing that was computed is lost")
     assert not list((tmp_path / "cache").rglob("*.half"))
     first = parquet_files(folder)[0]
     status = first.stat()
     first.write_bytes(b"x" * status.st_size)
     os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert run_anew(f"--dataset={folder}").code == 0
+    assert run(f"--dataset={folder}").code == 0
 
 
 def test_a_damaged_cache_is_computed_anew(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dsire
 import peft
 import pytest
 import torch
@@ -35,6 +34,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+import dsire
 
 STATES_ALPHA = {"diffusers with alpha", "kohya"}
 
@@ -511,7 +512,9 @@ def loras(draw: st.DrawFn) -> Lora:
     """Up to four layers with paths of one to five parts, of any shape and rank, linear or convolutional."""
     word = st.from_regex(r"[a-z][a-z0-9]{0,6}|[0-9]", fullmatch=True)
     paths = draw(
-        st.lists(st.lists(word, min_size=1, max_size=4).map(lambda parts: ".".join(["net", *parts])), min_size=1, max_size=4)
+        st.lists(
+            st.lists(word, min_size=1, max_size=4).map(lambda parts: ".".join(["net", *parts])), min_size=1, max_size=4
+        )
     )
     lora = {}
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))

@@ -12,7 +12,7 @@ import torch
 from conftest import Model, Reference, parquet_files
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import NearestNeighbors
 
 import dsire
 
@@ -66,8 +66,8 @@ def test_nearest_is_that_of_scikit_learn(seed: int, voters: int, models: int, qu
     train, test = (offset + scale * draw.normal(size=(voters, many, rank)) for many in (models, queries))
     found = dsire.nearest(torch.from_numpy(train), torch.from_numpy(test))
     for voter in range(voters):
-        expected = KNeighborsClassifier(1).fit(train[voter], np.arange(models)).predict(test[voter])
-        assert found[voter].tolist() == expected.tolist()
+        expected = NearestNeighbors(n_neighbors=1).fit(train[voter]).kneighbors(test[voter], return_distance=False)
+        assert found[voter].tolist() == expected[:, 0].tolist()
 
 
 def test_the_first_of_equally_near_models_is_taken() -> None:
@@ -78,8 +78,12 @@ def test_the_first_of_equally_near_models_is_taken() -> None:
 
 def test_a_diverged_model_does_not_blur_the_others() -> None:
     """One model with huge weights must not cost the precision that tells the others apart."""
-    train = torch.tensor([[[1.0], [1.001], [1e9]]]).double()
-    assert dsire.nearest(train, torch.tensor([[[1.0002], [1.0009], [1e8]]]).double()).tolist() == [[0, 1, 1]]
+    draw = np.random.default_rng(0)
+    train, test = (1 + 0.01 * draw.normal(size=(many, 4)) for many in (90, 50))
+    train[0] = 1e8
+    expected = NearestNeighbors(n_neighbors=1).fit(train).kneighbors(test, return_distance=False)
+    found = dsire.nearest(torch.from_numpy(train)[None], torch.from_numpy(test)[None])
+    assert found[0].tolist() == expected[:, 0].tolist()
 
 
 @given(st.integers(1, 12), st.data())
