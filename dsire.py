@@ -184,7 +184,8 @@ def nearest(train: Tensor, test: Tensor) -> Tensor:
         int64 [voters, test models]. Memory beyond that is bounded by BLOCK distances.
     """
     voters, models, queries = len(train), train.shape[1], test.shape[1]
-    middle = train.mean(1, keepdim=True)  # spectra are far from zero and near each other: the squares would cancel
+    # spectra are far from zero and near each other, so the squares would cancel; a diverged one doesn't move a median
+    middle = train.median(1, keepdim=True).values
     train, test = train - middle, test - middle
     squares = train.square().sum(-1)[:, None]
     found = torch.empty(voters, queries, dtype=torch.int64)
@@ -597,14 +598,15 @@ def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confi
         if not micro_datasets:
             warnings.append("one micro-dataset only: how sure the estimate is can't be told")
         elif strangeness[row] > limit:
+            times = f" ({strangeness[row] / limit:.1f} times as far as the farthest left-out one)" if limit else ""
             warnings.append(
-                f"unlike every labelled model ({strangeness[row] / limit:.1f} times as far as the farthest left-out "
-                "one): another recipe or base model, most likely, and the estimate is not to be trusted"
+                f"unlike every labelled model{times}: another recipe or base model, most likely, "
+                "and the estimate is not to be trusted"
             )
         stated = int(file.sizes[0])
         if stated and stated != size:
             warnings.append(f"the estimate disagrees with the size that the file states, {stated}")
-        members = [int(n) for n, its_p in zip(candidates, p[row], strict=True) if its_p > 1 - confidence]
+        members = [int(n) for n, its_p in zip(candidates, p[row], strict=True) if its_p > 1 - confidence + 1e-9]
         found.append(
             Estimate(
                 str(file.names[0]),
@@ -726,6 +728,12 @@ OTHER_METHODS = {
 }
 
 
+def shown(text: str) -> str:
+    """A name out of a file, fit for a message: in one line, without control characters, not longer than 160."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return clean if len(clean) <= 160 else f"{clean[:120]}... ({len(clean):,} characters)"
+
+
 def layer_name(path: str) -> str:
     """One name for a layer, whatever prefix and separators its writer gave it.
 
@@ -750,22 +758,26 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
     layers: dict[str, dict[str, str]] = {}
     others = []
     for key in keys:
+        if len(key) > 1000:  # no layer's path; to match it could take for ever
+            raise DsireError(f"{file}: {shown(key)} is too long for the name of a matrix")
         for method, pattern in OTHER_METHODS.items():
             if re.search(pattern, key):
-                raise DsireError(f"{file}: these are {method} weights ({key}); only plain LoRA can be judged")
+                raise DsireError(f"{file}: these are {method} weights ({shown(key)}); only plain LoRA can be judged")
         match = MATRIX_KEY.fullmatch(key)
         if not match:
             others.append(key)
             continue
         matrix = match["letter"] or match["embedding"] or match["alpha"] or (match["magnitude"] and "magnitude")
+        matrix = matrix or MATRIX_OF_WORD[match["word"]]
         pair = layers.setdefault(layer_name(match["layer"]), {})
-        if pair.setdefault(matrix or MATRIX_OF_WORD[match["word"]], key) != key:
-            raise DsireError(f"{file}: {key} is the same matrix as {pair[matrix or MATRIX_OF_WORD[match['word']]]}")
+        if matrix in pair:
+            raise DsireError(f"{file}: {shown(key)} is the same matrix as {shown(pair[matrix])}")
+        pair[matrix] = key
     for pair in layers.values():
         if not {"A", "B"} <= pair.keys():
             lone = next(iter(pair.values()))
             lacking = "B (up)" if "A" in pair else "A (down)" if "B" in pair else "A and B"
-            raise DsireError(f"{file}: {lone} has no partner: the layer's {lacking} is missing")
+            raise DsireError(f"{file}: {shown(lone)} has no partner: the layer's {lacking} is missing")
     if not layers:
         kind = "a full checkpoint, not a LoRA" if others else "empty"
         raise DsireError(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): it is {kind}")
@@ -774,6 +786,10 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights in parquet: the layout of LoRA-WiSE
+
+
+def different_lengths(file: str, column: str, one: int, other: int) -> str:
+    return f"{file}: column {column} has rows of {one} and of {other} numbers; all models must have one rank"
 
 
 def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
@@ -796,9 +812,7 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
         {kind.list_size} if pa.types.is_fixed_size_list(kind) else set(column.value_lengths().unique().to_pylist())
     )
     if len(lengths) > 1:
-        raise DsireError(
-            f"{file}: column {name} has rows of {min(lengths)} and of {max(lengths)} numbers: one rank only"
-        )
+        raise DsireError(different_lengths(file, name, min(lengths), max(lengths)))
     (length,) = lengths
     if length == 0 or length % rank:
         raise DsireError(f"{file}: column {name} has {length} numbers a row, which --rank={rank} does not divide")
@@ -848,25 +862,24 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             own.file = pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True)
         file = own.file
         groups = []
-        shapes = []
+        lengths: dict[str, int] = {}
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=list(pair.values()), use_threads=False)
             if not len(table):
                 continue
             flat = {m: matrix_values(table.column(name), name, rank, path.name) for m, name in pair.items()}
             a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
-            shapes.append([b.shape[1], a.shape[2], rank])
+            for matrix, name in pair.items():
+                here = flat[matrix].shape[1]
+                if lengths.setdefault(name, here) != here:
+                    raise DsireError(different_lengths(path.name, name, lengths[name], here))
             try:
                 groups.append(batch_spectra(a, b, device))
             except FloatingPointError:
                 start = sum(file.metadata.row_group(before).num_rows for before in range(group))
                 name_the_model_that_is_not_finite(flat, pair, sizes[start:].tolist(), names[start:])
-        if any(shape != shapes[0] for shape in shapes):
-            lengths = f"{shapes[0][1] * rank} and {shapes[0][0] * rank}"
-            raise DsireError(
-                f"{path.name}: columns {' and '.join(pair.values())} differ from {lengths} numbers in some rows"
-            )
-        return torch.cat(groups, dim=1), shapes[0]
+        shape = [lengths[pair["B"]] // rank, lengths[pair["A"]] // rank, rank]
+        return torch.cat(groups, dim=1), shape
 
     def name_the_model_that_is_not_finite(
         flat: dict[str, Tensor], pair: dict[str, str], its_sizes: list[int], its_names: list[Any]
@@ -998,30 +1011,60 @@ def open_weights(path: Path) -> Iterator[Weights]:
         return
     from safetensors import SafetensorError, safe_open
 
+    unreadable = (SafetensorError, OSError, RuntimeError, ValueError)  # also a file that can't be mapped, or named
+
+    def tensor(key: str) -> Tensor:
+        try:
+            found: Tensor = file.get_tensor(key)
+        except unreadable as error:
+            raise DsireError(f"{path}: {shown(key)} can't be read ({first_line(error)})") from error
+        return found
+
     try:
-        with safe_open(path, "pt") as file:
-            yield Weights(list(file.keys()), file.get_tensor, file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+        opened = safe_open(path, "pt")
+        keys, header = list(opened.keys()), opened.metadata() or {}
+    except unreadable as error:
         raise DsireError(f"{path} can't be read as safetensors ({first_line(error)}); fetch it anew") from error
+    with opened as file:
+        yield Weights(keys, tensor, header)
 
 
 def unpickled_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle by name, numbers (an alpha, say) as tensors too; nothing in the file is run.
+
+    Raises:
+        DsireError: it isn't a pickle of plain tensors, or an alpha in it is no number.
+    """
     try:
         # only a zip archive can be mapped; the older form is read whole
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
+        reason = shown(first_line(error))
         raise DsireError(
-            f"{path} can't be read as plain tensors ({first_line(error)[:120]}); pickles that hold more are not loaded"
+            f"{path} can't be read as plain tensors ({reason}); pickles that hold more are not loaded"
         ) from error
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for _ in range(3):  # a checkpoint's weights lie under this key
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
     if not isinstance(content, dict):
         raise DsireError(f"{path} holds {type(content).__name__}, not a dictionary of tensors")
-    return {str(key): tensor for key, tensor in content.items() if isinstance(tensor, Tensor)}
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[str(key)] = value.detach()
+        elif isinstance(value, (int, float)):
+            tensors[str(key)] = torch.tensor(float(value) if abs(value) < 2**53 else math.nan, dtype=torch.float64)
+        elif str(key).endswith(".alpha"):
+            raise DsireError(f"{path}: {shown(str(key))} is {type(value).__name__}, not a number")
+    return tensors
 
 
 def peft_config(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    """LoRA's settings: from the header (diffusers), or adapter_config.json beside the file (PEFT), or {}."""
+    """LoRA's settings: from the header (diffusers), or adapter_config.json beside the file (PEFT), or {}.
+
+    Raises:
+        DsireError: they can't be read, or are those of another method.
+    """
     beside = path.with_name("adapter_config.json")
     if "lora_adapter_metadata" in header:
         text, place = header["lora_adapter_metadata"], f"the header of {path}"
@@ -1037,7 +1080,7 @@ def peft_config(path: Path, header: dict[str, str]) -> dict[str, Any]:
         raise DsireError(f"{place} is not a JSON object")
     method = str(config.get("peft_type") or "LORA")
     if method.upper() != "LORA":
-        raise DsireError(f"{path.name}: {place} says these are {method} weights; only plain LoRA can be judged")
+        raise DsireError(f"{path.name}: {place} says these are {shown(method)} weights; only plain LoRA can be judged")
     return config
 
 
@@ -1048,19 +1091,52 @@ def peft_scale(config: dict[str, Any], layer: str, rank: int) -> float:
         config: of PEFT; diffusers puts the network's name before each of its keys ("unet.lora_alpha").
         layer: the path of the layer as it stands in the file.
         rank: r of this layer, from the shape of A: so rank_pattern needs no reading.
+
+    Raises:
+        DsireError: an alpha is no number, or a pattern no expression that is safe to match.
     """
     path = layer.removeprefix("base_model.model.")
     network, _, inside = path.partition(".")
     own = {key.removeprefix(f"{network}."): value for key, value in config.items() if key.startswith(f"{network}.")}
     config, path = (own, inside) if own else (config, path)
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.search(r"\)[*+{]", pattern):  # a repeated group can take for ever to match
-            raise DsireError(f"alpha_pattern {pattern!r} repeats a group; write it without")
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+    alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}  # 8 is PEFT's default
+    if not isinstance(patterns, dict):
+        raise DsireError(f"alpha_pattern is {shown(repr(patterns))}, not an object of patterns")
+    for pattern, value in patterns.items():
+        # repetitions within or after each other can take for ever to match
+        if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+            raise DsireError(f"alpha_pattern {shown(pattern)} repeats too much to be matched safely; write it out")
+        try:
+            matches = re.fullmatch(rf"(.*\.)?({pattern})", path)
+        except (re.error, OverflowError) as error:
+            raise DsireError(
+                f"alpha_pattern {shown(pattern)} is no regular expression ({first_line(error)})"
+            ) from error
+        if matches:
             alpha = value
             break
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 2**53:
+        raise DsireError(f"lora_alpha is {shown(repr(alpha))}, not a number")
     return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def read_tensor(weights: Weights, key: str, file: str, least_dimensions: int = 2) -> Tensor:
+    """A tensor of floating point numbers as float64.
+
+    Raises:
+        DsireError: it is of another kind, empty, or has fewer dimensions, or less memory behind it than its shape says.
+    """
+    tensor = weights.tensor(key)
+    plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+    real = plain and (tensor.is_floating_point() or (least_dimensions == 0 and not tensor.is_complex()))
+    whole = real and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    if not whole or tensor.ndim < least_dimensions or not tensor.numel():
+        kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape) if plain else 'unknown'}"
+        raise DsireError(f"{file}: {shown(key)} is {kind}, not a plain matrix of floating point numbers")
+    try:
+        return tensor.to(torch.float64)
+    except (NotImplementedError, RuntimeError) as error:
+        raise DsireError(f"{file}: {shown(key)} is {tensor.dtype}, which torch can't convert") from error
 
 
 def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, Tensor, float]]:
@@ -1074,27 +1150,21 @@ def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, T
     layers, _ = lora_layers(weights.keys, path.name)
     config = peft_config(path, weights.header)
     for layer, pair in layers.items():
-        a, b = weights.tensor(pair["A"]), weights.tensor(pair["B"])
-        for key, matrix in ((pair["A"], a), (pair["B"], b)):
-            if (
-                not matrix.is_floating_point()
-                or matrix.layout != torch.strided
-                or matrix.ndim < 2
-                or not matrix.numel()
-            ):
-                kind = f"{str(matrix.dtype).removeprefix('torch.')} of shape {list(matrix.shape)}"
-                raise DsireError(f"{path.name}: {key} is {kind}, not a matrix of floating point numbers")
-        a, b = a.to(torch.float64), b.to(torch.float64)
+        a, b = (read_tensor(weights, pair[matrix], path.name) for matrix in ("A", "B"))
         rank = a.shape[0]
         if "mid" in pair:
-            middle = weights.tensor(pair["mid"]).to(torch.float64)
-            if middle.ndim < 2 or middle.shape[1] != rank or a[0, 0].numel() != 1:
-                raise DsireError(f"{path.name}: {pair['mid']} {list(middle.shape)} does not fit {list(a.shape)}")
+            middle = read_tensor(weights, pair["mid"], path.name)
+            if middle.shape[1] != rank or a[0, 0].numel() != 1:
+                raise DsireError(f"{path.name}: {shown(pair['mid'])} {list(middle.shape)} does not fit {list(a.shape)}")
             a, rank = torch.einsum("ij...,jm->im...", middle, a.flatten(1)), middle.shape[0]
         if b.flatten(1).shape[1] != rank:
-            raise DsireError(f"{path.name}: {pair['A']} has rank {rank} and {pair['B']} {list(b.shape)} has another")
+            one, other = f"{shown(pair['A'])} has rank {rank}", f"{shown(pair['B'])} has shape {list(b.shape)}"
+            raise DsireError(f"{path.name}: {one}, but {other}")
         if "alpha" in pair:
-            scale = float(weights.tensor(pair["alpha"]).to(torch.float64).reshape(-1)[0]) / rank
+            alpha = read_tensor(weights, pair["alpha"], path.name, least_dimensions=0)
+            if alpha.numel() != 1 or not alpha.isfinite().all():
+                raise DsireError(f"{path.name}: {shown(pair['alpha'])} is not one finite number")
+            scale = float(alpha.reshape(())) / rank
         elif config:
             match = MATRIX_KEY.fullmatch(pair["A"])
             assert match is not None
@@ -1111,25 +1181,23 @@ def file_spectra(path: Path) -> Spectra:
         DsireError: the file can't be read, is not plain LoRA, or holds weights that are not finite.
     """
     spectra, shapes = {}, {}
-    with open_weights(path) as weights:
+    with open_weights(path) as weights, one_torch_thread():
         layers, others = lora_layers(weights.keys, path.name)
         for layer, a, b, scale in lora_matrices(path, weights):
             try:
                 single_a, single_b, product = lora_spectra(a, b)
+                if not (product * scale).isfinite().all():
+                    raise FloatingPointError
             except FloatingPointError:
-                a_key, b_key = layers[layer]["A"], layers[layer]["B"]
-                raise DsireError(
-                    f"{path.name}: {a_key} or {b_key} has weights that are NaN, infinite or too large"
-                ) from None
-            if not math.isfinite(scale):
-                raise DsireError(f"{path.name}: the alpha of {layers[layer]['A']} is {scale}")
+                keys = ", ".join(shown(key) for key in layers[layer].values())
+                raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
             spectra[layer] = {"A": single_a, "B": single_b, "BA": product * abs(scale)}
             shapes[layer] = [b.shape[0], a.shape[1], a.shape[0]]
         stated = stated_size(weights.header)
         scaled = all("alpha" in pair for pair in layers.values()) or peft_config(path, weights.header)
     notes = []
     if others:
-        notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {others[0]}")
+        notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
     if any("magnitude" in pair for pair in layers.values()):
         notes.append("DoRA: the magnitude vectors are set aside, only A and B are judged")
     if not scaled and any(".lora_A" in pair["A"] for pair in layers.values()):
@@ -1157,12 +1225,12 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
             return None
 
     def whole(number: Any) -> int:
-        return number if isinstance(number, int) and not isinstance(number, bool) and number > 0 else 0
+        return number if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**53 else 0
 
     folders = parsed("ss_dataset_dirs")
     if isinstance(folders, dict):
         images = sum(whole(folder.get("img_count")) for folder in folders.values() if isinstance(folder, dict))
-        if images:
+        if 0 < images < 2**53:
             return images, "ss_dataset_dirs"
     sets = parsed("ss_datasets")
     parts = [
@@ -1173,7 +1241,7 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
         if isinstance(part, dict) and not part.get("is_reg")
     ]
     images = sum(whole(part.get("img_count")) for part in parts)
-    if images:
+    if 0 < images < 2**53:
         return images, "ss_datasets"
     images, repeats = whole(parsed("ss_num_train_images")), whole(parsed("ss_num_repeats"))
     if images and not images % (repeats or 1):
@@ -1186,7 +1254,9 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
     """
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts)
+    found = sorted(
+        path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.relative_to(folder).parts
+    )
     safe = [path for path in found if path.suffix.lower() in SAFE_ENDINGS]
     pickles = [path for path in found if path.suffix.lower() in PICKLE_ENDINGS]
     beside = {path.parent for path in safe}
@@ -1253,7 +1323,7 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
     if known and known[0] == state:
         return known[1], notes
     source = patiently(resolve, dataset, subset, None if local else state)
-    write_whole(note, json.dumps({"state": state, **asdict(source)}, indent=1).encode())
+    write_whole(note, json.dumps({"state": state, **asdict(source)}, indent=1).encode("utf-8", "backslashreplace"))
     return source, notes
 
 
@@ -1280,7 +1350,7 @@ def folder_state(folder: Path) -> str:
     """A digest of the names, lengths and times of the files that decide what a folder holds."""
     files = sorted([*folder.rglob("*.parquet"), *folder.glob("*.md"), *folder.glob(".*.yaml")])
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 class HubUnreachable(DsireError):
@@ -1333,6 +1403,15 @@ def patiently(call: Callable[..., Any], *arguments: Any) -> Any:
     return call(*arguments)
 
 
+def quiet_libraries() -> None:
+    """What huggingface_hub has to say comes as exceptions; its progress bars are for a person who watches."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+
+
 def hub_commit(dataset: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
@@ -1349,12 +1428,11 @@ def resolve(dataset: str, subset: str | None, commit: str | None) -> Source:
         DsireError: an unknown subset (with the list of those that exist), or a subset without parquet files.
     """
     import datasets
-    import huggingface_hub
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.hf_api import RepoFile
 
-    datasets.logging.set_verbosity_error()  # the libraries' errors come as exceptions
-    huggingface_hub.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
+    quiet_libraries()
     what = f"dataset {dataset}"
     with hub_errors(what):
         try:
@@ -1404,7 +1482,10 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
         return Path(shard.file)
     from huggingface_hub import hf_hub_download
 
+    quiet_libraries()
     folder = cache / "downloads" / source.dataset.replace("/", "--")
+    for half in (folder / ".cache").rglob(f"*{shard.etag}*.incomplete"):  # of a run that was killed: it is not resumed
+        half.unlink(missing_ok=True)
     with hub_errors(f"{shard.file} of dataset {source.dataset}"), disk_errors(folder):
         for again in (False, True):
             path = Path(
@@ -1476,7 +1557,7 @@ def cache_key(shard: Shard, rank: int) -> str:
 
 
 def spectra_file(shard: Shard, rank: int, cache: Path) -> Path:
-    digest = hashlib.sha256(cache_key(shard, rank).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(cache_key(shard, rank).encode("utf-8", "backslashreplace")).hexdigest()[:16]
     return cache / "spectra" / f"{Path(shard.file).stem}-{digest}.safetensors"
 
 
@@ -1512,9 +1593,9 @@ def fetched_ahead(
     The next shard is downloaded while the caller works on the one it has. The thread is a daemon: an error or Ctrl-C
     ends the script at once. Runs on one cache lock shards in the same order, so none waits for another in a circle.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
-    turns: queue.Queue[Shard] = queue.Queue()
+    turns: queue.Queue[Shard | None] = queue.Queue()
     ready: queue.Queue[tuple[Path | Spectra, Callable[[], None]] | BaseException] = queue.Queue()
 
     def prepare(shard: Shard) -> tuple[Path | Spectra, Callable[[], None]]:
@@ -1522,27 +1603,42 @@ def fetched_ahead(
         with disk_errors(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(place, thread_local=False)  # taken here, released by the caller's thread
-            lock.acquire()
-        found = load_spectra(shard, rank, cache)
-        return (patiently(fetch, source, shard, cache) if found is None else found), lock.release
+            try:
+                lock.acquire(timeout=2)
+            except Timeout:
+                print(f"waiting for another run, which is at {Path(shard.file).name}", file=sys.stderr)
+                lock.acquire()
+        try:
+            found = load_spectra(shard, rank, cache)
+            return (patiently(fetch, source, shard, cache) if found is None else found), lock.release
+        except BaseException:
+            lock.release()
+            raise
 
     def prepare_all() -> None:
-        while True:
+        while (shard := turns.get()) is not None:
             try:
-                ready.put(prepare(turns.get()))
+                ready.put(prepare(shard))
             except BaseException as error:  # it belongs to the caller, who raises it
                 ready.put(error)
+        while not ready.empty():
+            left = ready.get()
+            if not isinstance(left, BaseException):
+                left[1]()
 
     threading.Thread(target=prepare_all, daemon=True).start()
     for shard in shards[:1]:
         turns.put(shard)
-    for number, shard in enumerate(shards):
-        answer = ready.get()
-        if isinstance(answer, BaseException):
-            raise answer
-        for following in shards[number + 1 : number + 2]:
-            turns.put(following)
-        yield shard, *answer
+    try:
+        for number, shard in enumerate(shards):
+            answer = ready.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            for following in shards[number + 1 : number + 2]:
+                turns.put(following)
+            yield shard, *answer
+    finally:
+        turns.put(None)  # the thread ends after what it is at, and unlocks what nobody takes
 
 
 def process_rank() -> int:
@@ -1612,11 +1708,13 @@ def subset_spectra(source: Source, rank: int, cache: Path, device: str = "cpu", 
         try:
             for shard, found, unlock in fetched_ahead(source, own, rank, cache):
                 progress.set_description(Path(shard.file).name)
-                if isinstance(found, Path):
-                    save_spectra(shard_spectra(found, rank, device), shard, rank, cache)
-                    if source.commit and not keep_shards:
-                        found.unlink(missing_ok=True)
-                unlock()
+                try:
+                    if isinstance(found, Path):
+                        save_spectra(shard_spectra(found, rank, device), shard, rank, cache)
+                        if source.commit and not keep_shards:
+                            found.unlink(missing_ok=True)
+                finally:
+                    unlock()
                 done += 1
                 progress.update()
         except KeyboardInterrupt:
@@ -1691,22 +1789,28 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
 
 
 def metadata_csv(path: Path) -> dict[str, tuple[int, str]] | None:
-    """file_name -> (label, name) from the metadata.csv of a folder; None without one."""
+    """file_name -> (label, name) from the metadata.csv of a folder; None without one.
+
+    Raises:
+        DsireError: a column is missing, a label is no dataset size, or a file is listed twice.
+    """
     if not path.is_file():
         return None
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-        labels = {}
-        for row in rows:
-            name = row["file_name"]
-            if not row["label"].strip().isdecimal() or not int(row["label"]):
-                raise DsireError(f"{path}: label {row['label']!r} of {name} is not a whole number from 1 up")
-            labels[Path(name).as_posix()] = (int(row["label"]), row.get("name") or name)
-    except KeyError as error:
-        raise DsireError(f"{path} has no column {error}; it needs file_name and label, and may have name") from error
-    except (OSError, ValueError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise DsireError(f"{path} can't be read ({first_line(error)})") from error
+    labels: dict[str, tuple[int, str]] = {}
+    for row in rows:
+        if row.get("file_name") is None or "label" not in row:
+            raise DsireError(f"{path} needs the columns file_name and label, in every row, and may have name")
+        name, label = Path(row["file_name"]).as_posix(), (row["label"] or "").strip()
+        if not (label.isascii() and label.isdecimal() and 0 < int(label[:17]) < 2**53 and len(label) < 17):
+            raise DsireError(f"{path}: the label of {name} is {shown(label) or 'empty'}, not a whole number from 1 up")
+        if name in labels:
+            raise DsireError(f"{path} lists {name} twice")
+        labels[name] = (int(label), row.get("name") or name)
     return labels
 
 
@@ -1717,25 +1821,26 @@ def files_to_predict(item: str, cache: Path) -> list[Path]:
         DsireError: there is no such file, folder or repository, or no weight file in it.
     """
     path = Path(item)
-    if path.is_file():
+    if item and path.is_file():
         return [path]
-    if not path.exists():
+    if not item or not path.exists():
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", item)
         if not match or match[1].endswith(WEIGHT_ENDINGS):
-            raise DsireError(f"{item}: no such file or folder")
-        from huggingface_hub import snapshot_download
+            raise DsireError(f"{item or 'an empty name'}: no such file or folder")
+        from huggingface_hub import hf_hub_download, snapshot_download
 
-        patterns = [match[2]] if match[2] else [f"*{ending}" for ending in SAFE_ENDINGS]
-        with hub_errors(f"repository {match[1]}"), disk_errors(cache / "hub"):
-            path = Path(
-                snapshot_download(match[1], cache_dir=cache / "hub", allow_patterns=[*patterns, "*adapter_config.json"])
-            )
-    if path.is_dir():
-        files, _ = weight_files(path)
-        if not files:
-            raise DsireError(f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)})")
-        return files
-    return [path]
+        quiet_libraries()
+        repository, name = match[1], match[2]
+        with hub_errors(f"repository {repository}"), disk_errors(cache / "hub"):
+            if name:
+                return [Path(hf_hub_download(repository, name, cache_dir=cache / "hub"))]
+            patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
+            path = Path(snapshot_download(repository, cache_dir=cache / "hub", allow_patterns=patterns))
+    files, _ = weight_files(path)
+    if not files:
+        hint = "" if Path(item).exists() else "; name a pickle as user/name:file.bin"
+        raise DsireError(f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}")
+    return files
 
 
 def rank_of(source: Source, rank: int | None) -> int:
@@ -1810,7 +1915,7 @@ def write_report(
         "std": {metric: std for metric, (_, std) in summary.items()},
         **details,
     }
-    write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode("utf-8", "backslashreplace"))
     table: list[list[Any]] = [["experiment", "name", "size", "predicted", "vote_share"]]
     for number, run in enumerate(experiments, start=1):
         shares = run.prediction.shares.max(-1).values.tolist()
@@ -1884,7 +1989,7 @@ def write_estimates(output: Path, found: list[Estimate], settings: dict[str, Any
     """estimates.csv, one row a file, and the same in report.json."""
     about = {"settings": settings, "versions": versions(), "notes": notes}
     report = {**about, "estimates": [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]}
-    write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode("utf-8", "backslashreplace"))
     table = [["file", "estimate", "vote_share", "confidence_set", "stated_size", "warnings"]]
     for one in found:
         members = " ".join(str(size) for size in one.confidence_set)
@@ -1897,7 +2002,7 @@ def write_estimates(output: Path, found: list[Estimate], settings: dict[str, Any
 def write_table(path: Path, rows: list[list[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def versions() -> dict[str, str]:
@@ -2177,9 +2282,10 @@ def predict(arguments: argparse.Namespace, fitted: Spectra, settings: dict[str, 
             complain(error)
     found = []
     for files in alike.values():
-        found += estimates(
-            fitted.of_voters(files[0].voters), files, PREDICTORS[arguments.predictor], arguments.confidence
-        )
+        with one_torch_thread():  # many small matrices: a second thread costs more than it brings
+            found += estimates(
+                fitted.of_voters(files[0].voters), files, PREDICTORS[arguments.predictor], arguments.confidence
+            )
     found.sort(key=lambda estimate: [str(path) for path in paths].index(estimate.file))
     for estimate in found:
         print_estimate(estimate, arguments.confidence)
@@ -2193,6 +2299,9 @@ def print_error(error: DsireError) -> None:
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     arguments = command_line().parse_args()
     try:
         return run(arguments)
