@@ -1953,6 +1953,15 @@ def report_comparison(spectra: Spectra, protocol: Protocol, subset: str) -> dict
     print_breakdown("dsire by training micro-datasets", growth)
     sizes = by_size(spectra, runs["dsire"])
     print_breakdown("dsire by dataset size", sizes)
+    unseen = {
+        name: unseen_sizes(spectra, predictor, protocol)
+        for name, predictor in PREDICTORS.items()
+        if name in ("dsire", "log-ridge", "log-regression")
+    }
+    if all(unseen.values()):
+        print(f"\n{'sizes that were left out':32}{'MAE':>16}{'MAPE %':>16}")
+        for name, experiments in unseen.items():
+            print(f"{name:32}" + summary_cells(list(mean_and_std(experiments).values())[:2]))
     accuracies = by_layer(spectra, protocol)
     blocks = by_block(spectra, accuracies)
     print(f"\n{'accuracy of single voters':48}{'%':>8}")
@@ -1960,9 +1969,9 @@ def report_comparison(spectra: Spectra, protocol: Protocol, subset: str) -> dict
         print(f"{'mean of ' + name:48}{accuracy:8.1f}")
     for row in accuracies.argsort(descending=True, stable=True)[:5].tolist():
         print(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:77}{float(accuracies[row]):8.1f}")
-    tables = {"compare": runs, "by_train_size": growth, "by_size": sizes}
+    tables = {"compare": runs, "by_train_size": growth, "by_size": sizes, "unseen_sizes": unseen}
     return {
-        **{name: {row: mean_and_std(run) for row, run in table.items()} for name, table in tables.items()},
+        **{name: {row: mean_and_std(run) for row, run in table.items() if run} for name, table in tables.items()},
         "by_layer": {" ".join(voter): value for voter, value in zip(spectra.voters, accuracies.tolist(), strict=True)},
         "by_block": blocks,
     }
