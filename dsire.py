@@ -223,7 +223,7 @@ class Prediction:
     """What a predictor says of some models.
 
     Attributes:
-        sizes: its answers, [models].
+        sizes: its answers, int64 [models].
         candidates: the sizes that it was trained on, in rising order: int64 [sizes].
         shares: the share of the votes that each of them got, float64 [models, sizes].
     """
@@ -428,11 +428,10 @@ def metrics(sizes: Tensor, predicted: Tensor) -> tuple[float, float, float]:
     from sklearn.metrics import accuracy_score, mean_absolute_error, mean_absolute_percentage_error
 
     true, guess = sizes.numpy(), predicted.numpy()
-    hits = accuracy_score(true, guess.round().astype(true.dtype))  # an average is a whole number only when rounded
     return (
         float(mean_absolute_error(true, guess)),
         100 * float(mean_absolute_percentage_error(true, guess)),
-        100 * float(hits),
+        100 * float(accuracy_score(true, guess)),
     )
 
 
@@ -973,8 +972,9 @@ def what_is_unusual(spectra: Spectra) -> list[str]:
     if twice:
         notes.append(f"{twice} models have the micro-dataset and size of another one; all are kept")
     sizes = spectra.sizes.unique().tolist()
+    several = len(models) > len(spectra.micro_datasets())  # else no file was said to belong with another
     lacking = [name for name in spectra.micro_datasets() if len({n for m, n in models if m == name}) < len(sizes)]
-    if lacking:
+    if lacking and several:
         some = ", ".join(str(name) for name in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         notes.append(f"{len(lacking)} micro-datasets lack a size: {some}")
     return notes
@@ -1307,6 +1307,10 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
     known = read_source(note)
     notes: list[str] = []
     if local and not any(folder.rglob("*.parquet")):
+        if subset is not None:
+            raise DsireError(
+                f"--subset={subset}: {folder} holds no parquet, and LoRA files have no subsets; leave it out"
+            )
         return lora_folder(folder), notes
     if local:
         state = folder_state(folder)
@@ -2238,13 +2242,15 @@ def run(arguments: argparse.Namespace) -> int:
     spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards)
     if process_rank():
         return 0  # the first process evaluates
+    if arguments.rank and arguments.rank != spectra.values.shape[-1]:
+        raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {spectra.values.shape[-1]}")
     notes += said + spectra.notes + what_is_unusual(spectra)
     spectra = spectra.of_matrices(arguments.matrices)
     spectra = replace(spectra, values=spectra.values.to(device))
     settings = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
         **asdict(source),
-        "rank": rank,
+        "rank": spectra.values.shape[-1],
         "device": device,
     }
     if arguments.predict:

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 
