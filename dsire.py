@@ -758,7 +758,8 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
     others = []
     for key in keys:
         if len(key) > 1000:  # no layer's path; to match it could take for ever
-            raise DsireError(f"{file}: {shown(key)} is too long for the name of a matrix")
+            others.append(key)
+            continue
         for method, pattern in OTHER_METHODS.items():
             if re.search(pattern, key):
                 raise DsireError(f"{file}: these are {method} weights ({shown(key)}); only plain LoRA can be judged")
@@ -1168,7 +1169,10 @@ def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, T
         elif config:
             match = MATRIX_KEY.fullmatch(pair["A"])
             assert match is not None
-            scale = peft_scale(config, match["layer"], rank)
+            try:
+                scale = peft_scale(config, match["layer"], rank)
+            except DsireError as error:
+                raise DsireError(f"{path.name}: its LoRA settings: {error}") from error
         else:
             scale = 1.0
         yield layer, a.flatten(1), b.flatten(1), scale
@@ -1392,6 +1396,8 @@ def hub_errors(what: str) -> Iterator[None]:
         if status in (401, 403):
             raise DsireError(f"{what}: the Hub refused the token (HTTP {status}); check HF_TOKEN") from error
         raise HubBusy(f"{what}: the Hub answers with HTTP {status}; try again later") from error
+    except ValueError as error:  # of datasets and huggingface_hub, about what they were given or what came back
+        raise DsireError(f"{what} can't be used: {first_line(error)}") from error
     except (http_error, ConnectionError, TimeoutError) as error:
         kind = HubUnreachable if "Connect" in type(error).__name__ else HubBusy
         raise kind(f"{reach} ({first_line(error)}): check the network, or HF_ENDPOINT") from error
@@ -1811,7 +1817,7 @@ def metadata_csv(path: Path) -> dict[str, tuple[int, str]] | None:
             raise DsireError(f"{path} needs the columns file_name and label, in every row, and may have name")
         name, label = Path(row["file_name"]).as_posix(), (row["label"] or "").strip()
         if not (label.isascii() and label.isdecimal() and 0 < int(label[:17]) < 2**53 and len(label) < 17):
-            raise DsireError(f"{path}: the label of {name} is {shown(label) or 'empty'}, not a whole number from 1 up")
+            raise DsireError(f"{path}: the label of {name} is {shown(label)!r}, not a whole number from 1 up")
         if name in labels:
             raise DsireError(f"{path} lists {name} twice")
         labels[name] = (int(label), row.get("name") or name)
@@ -1835,7 +1841,7 @@ def files_to_predict(item: str, cache: Path) -> list[Path]:
 
         quiet_libraries()
         repository, name = match[1], match[2]
-        with hub_errors(f"repository {repository}"), disk_errors(cache / "hub"):
+        with hub_errors(item), disk_errors(cache / "hub"):
             if name:
                 return [Path(hf_hub_download(repository, name, cache_dir=cache / "hub"))]
             patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]

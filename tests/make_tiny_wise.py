@@ -305,11 +305,10 @@ column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out,
 - Fine-tune: LoRA of rank {RANK} on the query, key, value and output projections; one image a step, under {DRAWS} draws
   of noise with evenly spread time steps; AdamW, constant learning rate {LEARNING_RATE:g}, weight decay
   {WEIGHT_DECAY:g}; the tokens of the image's digit as condition; seed {SEED} for every model.
-- The recipe was chosen on pilot models only, of other images than the shipped models': for `low_4` {PILOT_MICRO_DATASETS["low_4"]}
-  more hands (`--pilot`), for `medium_4`, which uses up the images for fine-tunes, {PILOT_MICRO_DATASETS["medium_4"]} hands of the
-  base model's images. On the low pilots the accuracy of DSiRe with 15 micro-datasets to train on was 36 % where a
-  micro-dataset was of one digit under one draw of noise a step (at 8 x 8 the images of one digit are too much alike for
-  their number to matter), and 68 % with the recipe above, near the paper's 69 %; on the medium pilots 70 % with 5.
+- The recipe was chosen on pilot models only (`--pilot` makes them), of other images than the shipped models':
+  {PILOT_MICRO_DATASETS["low_4"]} more hands for `low_4`; and, since `medium_4` uses up the images for fine-tunes,
+  {PILOT_MICRO_DATASETS["medium_4"]} hands of the base model's images for that. Micro-datasets of a single digit were tried
+  first, but at 8 x 8 such images are too much alike for their number to show as it does in the paper.
 - Made with torch {version("torch")}, diffusers {version("diffusers")} and peft {version("peft")} on a CPU by
 
       python tests/make_tiny_wise.py --subset low_4

@@ -161,9 +161,12 @@ def test_a_stated_size_is_shown_and_a_disagreement_said(own: Path, tmp_path: Pat
 def test_a_file_that_is_named_with_bytes_that_are_no_text(own: Path, tmp_path: Path, run: Run) -> None:
     file = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
     write_model(tmp_path / "plain.safetensors", ("new", 2)).rename(file)
-    outcome = run("--dataset", own, "--predict", file)
-    assert outcome.code == 0
-    assert [one["estimate"] for one in estimates_in(outcome)]
+    write_model(tmp_path / "other.safetensors", ("new", 2))
+    outcome = run("--dataset", own, "--predict", file, tmp_path / "other.safetensors")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1  # safetensors can't open such a name, which is said
+    assert "caf" in outcome.err
+    assert len(estimates_in(outcome)) == 1
 
 
 def test_as_a_user_runs_it(own: Path, tmp_path: Path) -> None:
