@@ -282,19 +282,27 @@ def ridge(train: Spectra, test: Spectra) -> Prediction:
 def gda(train: Spectra, test: Spectra) -> Prediction:
     """Per voter a Gaussian discriminant analysis of the spectrum; majority (Table 5).
 
-    Fifteen models of a size can't tell a covariance of its own for up to 32 singular values, and neighbouring ones are
-    nearly collinear: so all sizes share one covariance, shrunk by Ledoit and Wolf's formula, which needs no tuning.
+    Fifteen models of a size can't tell a covariance of its own for up to 32 singular values, so all sizes share one,
+    pooled over 90 models: linear discriminant analysis. scikit-learn's default solver (SVD) needs no inverse, which
+    nearly collinear singular values would spoil, and leaves nothing to tune.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    votes = fitted_votes(lambda: LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), train, test)
+    votes = fitted_votes(LinearDiscriminantAnalysis, train, test)
     return Prediction(*majority(votes, train.sizes.unique()))
 
 
 def fitted_votes(new_estimator: Callable[[], Any], train: Spectra, test: Spectra) -> Tensor:
-    """The training size nearest to what one scikit-learn estimator per voter answers: int64 [voters, models]."""
+    """The training size nearest to what one scikit-learn estimator per voter answers: int64 [voters, models].
+
+    Raises:
+        DsireError: there are too few training models for the estimator.
+    """
     known, asked, sizes = train.values.cpu().numpy(), test.values.cpu().numpy(), train.sizes.numpy()
-    answers = [new_estimator().fit(x, sizes).predict(y) for x, y in zip(known, asked, strict=True)]
+    try:
+        answers = [new_estimator().fit(x, sizes).predict(y) for x, y in zip(known, asked, strict=True)]
+    except ValueError as error:
+        raise DsireError(f"this predictor needs more training models: {first_line(error)}") from error
     return nearest_size(torch.tensor(np.stack(answers)), train.sizes.unique())
 
 

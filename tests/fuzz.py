@@ -2,8 +2,9 @@
 
     python tests/fuzz.py --parquet 1000 --files 1000 --seed 0
 
-A mutant is made from its number and the seed: `--parquet 1 --files 0 --only 45` makes number 45 again. The mutants are read in a child
-process: one that crashes it, or that takes longer than ten seconds, is a failure like any other, and the rest goes on.
+A mutant is made from its number and the seed: `--parquet 1 --files 0 --only 45` makes number 45 again. The mutants are
+read in a child process: one that crashes it, or takes more than ten seconds, is a failure like any other, and the rest
+goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import struct
 import sys
@@ -111,6 +113,8 @@ def outcome_of(read: Callable[[], dsire.Spectra], mutant: Mutant, cache: Path) -
             return f"warned: {said[0].message}"
     if mutant.book is None:
         return f"not refused: {found.names} {found.sizes.tolist()} {found.shapes} {found.notes}"
+    if not all(note.isprintable() for note in found.notes):
+        return f"a note that isn't a printable line: {found.notes}"
     shard = dsire.Shard("mutant", 1, "")
     dsire.save_spectra(found, shard, 1, cache)
     saved = dsire.load_spectra(shard, 1, cache)
@@ -347,7 +351,7 @@ def layer_dropped(draw: Draw, table: pa.Table) -> pa.Table:
 
 def layer_of_odd_name_and_wrong_type(draw: Draw, table: pa.Table) -> pa.Table:
     """The message names the column, and has to stay one line."""
-    odd = draw.choice(["a\nb", "\x1b[2J", "a\u2028b", "\x85", "x" * 900])
+    odd = draw.choice(["\x1b[2J", "a\u2028b", "\x85", "x" * 900])
     for word in ("down", "up"):
         table = table.append_column(f"unet.{odd}.lora.{word}.weight", pa.array([[1.0, math.nan]] * len(table)))
     return table
@@ -365,7 +369,18 @@ def columns_shuffled(draw: Draw, table: pa.Table) -> pa.Table:
 def more_columns(draw: Draw, table: pa.Table) -> pa.Table:
     """Columns that are no LoRA weights, with names that begin like those of others."""
     for _ in range(draw.randint(1, 3)):
-        name = draw.choice(["extra", "label.x", "name.x", "unet", "日本", f"{matrix_column(draw, table)}.list", "a b"])
+        odd = [
+            "extra",
+            "label.x",
+            "name.x",
+            "unet",
+            "日本",
+            f"{matrix_column(draw, table)}.list",
+            "a b",
+            "a\nb",
+            "\x1b",
+        ]
+        name = draw.choice(odd)
         value: Any = draw.choice([None, 1, "x", [1.0], {"list": [1.0]}, [[]], b"\xff", True])
         if name not in table.column_names:
             table = table.append_column(name, pa.array([value] * len(table)))
@@ -525,6 +540,15 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+INTEGERS = {
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def new_lora(draw: Draw) -> Lora:
@@ -540,16 +564,17 @@ def new_lora(draw: Draw) -> Lora:
 
 
 def held_by_safetensors(content: bytes) -> dict[str, Tensor] | None:
-    """The tensors of floating point numbers in safetensors, read by hand; None if it isn't such a file."""
+    """The tensors of numbers in safetensors, read by hand; None if it isn't such a file."""
     try:
         (length,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + length].decode())
         data = content[8 + length :]
         tensors = {}
         for key, entry in header.items():
-            if key != "__metadata__" and entry["dtype"] in DTYPES:
+            dtype = None if key == "__metadata__" else {**DTYPES, **INTEGERS}.get(entry["dtype"])
+            if dtype:
                 start, end = entry["data_offsets"]
-                numbers = torch.frombuffer(bytearray(data[start:end]), dtype=DTYPES[entry["dtype"]])
+                numbers = torch.frombuffer(bytearray(data[start:end]), dtype=dtype)
                 tensors[key] = numbers.reshape(entry["shape"])
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error, RecursionError):
@@ -571,7 +596,9 @@ def book_of_tensors(
 ) -> Book | None:
     """The book of a file in a layout; None if what it holds can't be judged. `scales` are those of a configuration."""
     layers = {}
-    for path in PATHS if tensors else ():
+    # the name of an adapter may be any
+    tensors = {re.sub(r"(lora_[AB])\.[^.]+\.weight", r"\1.default.weight", key): tensors[key] for key in tensors or ()}
+    for path in PATHS:
         keys = LAYOUTS[layout](path)
         name = path.replace(".", "_")
         if keys[0] not in tensors or keys[1] not in tensors:

@@ -307,8 +307,8 @@ column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out,
   {WEIGHT_DECAY:g}; the tokens of the image's digit as condition; seed {SEED} for every model.
 - The recipe was chosen on pilot models only (`--pilot` makes them), of other images than the shipped models':
   {PILOT_MICRO_DATASETS["low_4"]} more hands for `low_4`; and, since `medium_4` uses up the images for fine-tunes,
-  {PILOT_MICRO_DATASETS["medium_4"]} hands of the base model's images for that. Micro-datasets of a single digit were tried
-  first, but at 8 x 8 such images are too much alike for their number to show as it does in the paper.
+  {PILOT_MICRO_DATASETS["medium_4"]} hands of the base model's images for that. Micro-datasets of a single digit
+  were tried first, but at 8 x 8 such images are too much alike for their number to show as it does in the paper.
 - Made with torch {version("torch")}, diffusers {version("diffusers")} and peft {version("peft")} on a CPU by
 
       python tests/make_tiny_wise.py --subset low_4

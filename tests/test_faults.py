@@ -285,7 +285,10 @@ HUB_PHASES: dict[str, tuple[Stop, int]] = {
     "decoding the first shard": (Stop("dsire.matrix_values", FIRST), 0),
     "writing the second shard's spectra": (Stop("os.fsync", SECOND), 1),
     "before the second shard is deleted": (Stop("Path.unlink", f"--LoRA-WiSE/low/4/{SECOND}.parquet", 2), 2),
-    "after the second shard was deleted": (Stop("Path.unlink", f"--LoRA-WiSE/low/4/{SECOND}.parquet", 2, after=True), 2),
+    "after the second shard was deleted": (
+        Stop("Path.unlink", f"--LoRA-WiSE/low/4/{SECOND}.parquet", 2, after=True),
+        2,
+    ),
 }
 
 

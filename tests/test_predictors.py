@@ -72,7 +72,7 @@ def by_ridge(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> list[int]:
 
 
 def by_gda(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> list[int]:
-    fitted = [LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(a, y) for a in x]
+    fitted = [LinearDiscriminantAnalysis().fit(a, y) for a in x]
     return winners(np.stack([model.predict(b) for model, b in zip(fitted, z, strict=True)]))
 
 
