@@ -1998,7 +1998,7 @@ def report_comparison(spectra: Spectra, protocol: Protocol, subset: str) -> dict
 def print_estimate(estimate: Estimate, confidence: float) -> None:
     votes = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
     print(f"\n{estimate.file}: {estimate.estimate:g} image{'s' if estimate.estimate != 1 else ''}")
-    print("  votes     " + ", ".join(f"{size}: {share:.0%}" for size, share in votes if share))
+    print("  votes     " + ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005))
     if estimate.alike:
         low, high, models, right = estimate.alike
         print(
@@ -2149,9 +2149,10 @@ def layers_figure(plt: Any, spectra: Spectra) -> Any:
             mean, spread = chosen.mean(0), chosen.std(0, correction=0)
             axis.plot(indices, mean, color=colour, marker="o", markersize=4, label=size)
             axis.fill_between(indices, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-        axis.set_title(f"{place}\n{layer}", fontsize=9)
-        axis.set(xlabel="index of the singular value", ylabel=f"singular value of {matrix}, mean ± std over models")
+        axis.set_title(f"{place}\n{layer.replace('_transformer', chr(10) + 'transformer')}", fontsize=9)
+        axis.set(xlabel="index of the singular value")
         axis.set_xticks(range(1, values.shape[-1] + 1, max(1, values.shape[-1] // 8)))
+    axes[0].set_ylabel(f"singular value of {matrix}\n(mean ± std over models)")
     axes[-1].legend(title="images")
     return figure
 

@@ -604,7 +604,7 @@ def book_of_tensors(
         if keys[0] not in tensors or keys[1] not in tensors:
             continue
         a, b = tensors[keys[0]], tensors[keys[1]]
-        alpha = tensors.get(keys[2], None) if keys[2] else None
+        alpha = tensors.get(keys[2]) if keys[2] else None
         sound = min(a.ndim, b.ndim) >= 2 and a.is_floating_point() and b.is_floating_point() and a.numel() and b.numel()
         if not sound or b.flatten(1).shape[1] != len(a) or (alpha is not None and alpha.numel() != 1):
             return None
@@ -905,6 +905,8 @@ def main() -> int:
         for title, kinds, check in (("parquet", PARQUET_KINDS, check_parquet), ("files", FILE_KINDS, check_file)):
             count = getattr(arguments, title)
             numbers = range(count) if arguments.only is None else [arguments.only] if count else []
+            if not numbers:
+                continue
             found = dict(outcomes(partial(check, seed=arguments.seed, folder=Path(folder)), numbers))
             failed += print_summary(title, kinds, found)
     return 1 if failed else 0

@@ -97,7 +97,9 @@ def serve() -> None:
             if order["stop"]:
                 stop_at(*order["stop"])
             sys.argv = order["command"]
-            sys.exit(dsire.main())
+            code = dsire.main()
+            sys.stdout.flush()
+            (sys.exit if code == 130 else os._exit)(code)  # what is left to do at the exit matters after Ctrl-C only
         print(json.dumps(child), flush=True)
 
 
@@ -194,10 +196,11 @@ class Undisturbed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def undisturbed(server: Server, wise: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    begin = time.monotonic()
-    outcome = Started(server, folder, 0, command(folder, f"--dataset={wise}", *QUICK)[1:], None).outcome()
-    assert outcome.code == 0, outcome.err
+    for number in range(2):  # the first run is slower
+        folder = tmp_path_factory.mktemp("undisturbed")
+        begin = time.monotonic()
+        outcome = Started(server, folder, number, command(folder, f"--dataset={wise}", *QUICK)[1:], None).outcome()
+        assert outcome.code == 0, outcome.err
     return Undisturbed(outcome, time.monotonic() - begin)
 
 
@@ -421,7 +424,7 @@ def test_interrupted_at_some_moment(
 ) -> None:
     arguments = (f"--dataset={wise}", *QUICK)
     run = start(*arguments)
-    time.sleep(0.05 + undisturbed.seconds * (moment + random.Random(moment).random()) / 5)
+    time.sleep(0.02 + undisturbed.seconds * (moment + random.Random(moment).random()) / 5)
     outcome = run.send(signal.SIGINT).outcome()
     if outcome.code:
         assert_stopped(outcome)
@@ -720,7 +723,7 @@ def test_a_question_that_stalls(
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DEFAULT_REQUEST_TIMEOUT"):
         monkeypatch.setattr(constants, name, 0.2)
     hub.faults.delay(PLACES[place], seconds=60, times=None)
-    with within(8):
+    with within(5):
         assert run(*QUICK).says(dsire.LORA_WISE, "network")
 
 

@@ -24,15 +24,14 @@ import dsire
 # A sample
 
 
-@pytest.mark.parametrize(("title", "kinds"), [("parquet", PARQUET_KINDS), ("files", FILE_KINDS)])
-def test_mutants_give_the_right_spectra_or_one_line(title: str, kinds: list[str]) -> None:
+def test_mutants_give_the_right_spectra_or_one_line() -> None:
     """One of each kind."""
-    counts = [f"--{name}={len(kinds) if name == title else 0}" for name in ("parquet", "files")]
+    counts = [f"--parquet={len(PARQUET_KINDS)}", f"--files={len(FILE_KINDS)}"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "fuzz.py"), *counts], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) >= len(set(kinds))
+    assert done.stdout.count("together") == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +92,7 @@ def assert_by_the_book(found: list[torch.Tensor], a: np.ndarray, b: np.ndarray) 
     for values, matrix in zip(found, (down, up, up @ down), strict=True):
         wanted = torch.linalg.svdvals(matrix)
         wanted = torch.nn.functional.pad(wanted, (0, values.shape[-1] - wanted.shape[-1]))[:, : values.shape[-1]]
-        assert ((values - wanted).abs() <= 1e-9 * wanted[:, :1] + 1e-322).all()
+        assert ((values - wanted).abs() <= 1e-9 * wanted[:, :1] + 1e-321).all()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_scales_of_float32_in_a_shard(scale: float, tmp_path: Path) -> None:
 def test_subnormal_numbers_of_float64_in_a_shard(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     a, b = 1e-310 * draw.normal(size=(3, 4, 16)), draw.normal(size=(3, 24, 4))
-    assert_by_the_book(in_a_shard(a, b, tmp_path)[:2], a, b)
+    assert_by_the_book(in_a_shard(a, b, tmp_path), a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -146,7 +145,7 @@ def test_the_ends_of_a_dtype(dtype: torch.dtype, end: str, tmp_path: Path) -> No
         assert torch.allclose(values, expected[voter], rtol=1e-9, atol=0), voter
 
 
-@pytest.mark.parametrize("exponent", [-300, -100, -30, 30, 100])
+@pytest.mark.parametrize("exponent", [-300, -100, -30, 30, 100, 300])
 def test_the_scale_of_the_weights_does_not_change_the_votes(exponent: int, run: Run, tmp_path: Path) -> None:
     """A power of two changes no digit of any spectrum, so it changes no vote."""
     models = models_of(20)
