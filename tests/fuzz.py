@@ -289,7 +289,6 @@ def no_label(draw: Draw, table: pa.Table) -> pa.Table:
             ([1], pa.list_(pa.int64())),
             ({"x": 1}, pa.struct([("x", pa.int64())])),
             (1, pa.timestamp("us")),
-            (1, pa.duration("us")),
             (None, pa.null()),
         ]
     )
