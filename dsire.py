@@ -23,6 +23,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,9 @@ def nearest(train: Tensor, test: Tensor) -> Tensor:
     # spectra are far from zero and near each other, so the squares would cancel; a diverged one doesn't move a median
     middle = train.median(1, keepdim=True).values
     train, test = train - middle, test - middle
+    scale = train.abs().amax((1, 2), keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)  # squares of very large or very small numbers don't fit a float64
+    train, test = train / scale, test / scale
     squares = train.square().sum(-1)[:, None]
     found = torch.empty(voters, queries, dtype=torch.int64)
     rows = max(1, min(queries, BLOCK // models))
@@ -808,7 +812,7 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     """
     import pyarrow as pa
 
-    kind = column.type
+    kind, name = column.type, shown(name)
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not lists or not pa.types.is_floating(kind.value_type):
         raise DsireError(f"{file}: column {name} holds {kind}, not lists of floating point numbers")
@@ -837,6 +841,8 @@ def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
     import pyarrow as pa
 
     missing = {"label", "name"} - set(table.column_names)
+    if len(table.column_names) > 2:
+        raise DsireError(f"{file}: there are two columns `label`, or two `name`; there must be one of each")
     if missing:
         raise DsireError(f"{file}: column {' and '.join(sorted(missing))} is missing; there must be `label` and `name`")
     labels, names = table.column("label"), table.column("name")
@@ -846,7 +852,7 @@ def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DsireError(f"{file}: column name holds {kind}; it must hold strings or integers")
     sizes = labels.to_pylist()
-    wrong = [size for size in sizes if not isinstance(size, (int, float)) or size != int(size) or size < 1]
+    wrong = [n for n in sizes if type(n) not in (int, float) or not 1 <= n < 2**53 or n != int(n)]
     if wrong:
         raise DsireError(f"{file}: column label holds {wrong[0]!r}; a dataset size is a whole number from 1 up")
     return torch.tensor(sizes, dtype=torch.int64), names.to_pylist()
@@ -880,12 +886,14 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             for matrix, name in pair.items():
                 here = flat[matrix].shape[1]
                 if lengths.setdefault(name, here) != here:
-                    raise DsireError(different_lengths(path.name, name, lengths[name], here))
+                    raise DsireError(different_lengths(path.name, shown(name), lengths[name], here))
             try:
                 groups.append(batch_spectra(a, b, device))
             except FloatingPointError:
                 start = sum(file.metadata.row_group(before).num_rows for before in range(group))
                 name_the_model_that_is_not_finite(flat, pair, sizes[start:].tolist(), names[start:])
+        if not groups:
+            raise DsireError(f"{path} is not a whole parquet file (no rows in its groups): delete it and fetch it anew")
         shape = [lengths[pair["B"]] // rank, lengths[pair["A"]] // rank, rank]
         return torch.cat(groups, dim=1), shape
 
@@ -895,9 +903,13 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         for matrix, name in pair.items():
             for row, values in enumerate(flat[matrix]):
                 if not values.isfinite().all():
-                    model = f"model {its_names[row]} of size {its_sizes[row]}"
-                    raise DsireError(f"{path.name}: {model} has a weight that is NaN or infinite in column {name}")
-        raise DsireError(f"{path.name}: columns {' and '.join(pair.values())} hold numbers too large to multiply")
+                    model = f"model {shown(str(its_names[row]))} of size {its_sizes[row]}"
+                    raise DsireError(
+                        f"{path.name}: {model} has a weight that is NaN or infinite in column {shown(name)}"
+                    )
+        raise DsireError(
+            f"{path.name}: columns {' and '.join(map(shown, pair.values()))} hold numbers too large to multiply"
+        )
 
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -913,12 +925,12 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
                     spectra = {layer: run.result() for layer, run in zip(layers, runs, strict=True)}
                 finally:
                     pool.shutdown(cancel_futures=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DsireError(
             f"{path} is not a whole parquet file ({first_line(error)}): delete it and fetch it anew"
         ) from error
     unused = sorted(set(others) - {"label", "name"})
-    notes = [f"columns that are not LoRA weights, left out: {' '.join(unused)}"] if unused else []
+    notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
     order = voters_of(layers)
     values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
     return Spectra(values, sizes, names, order, {layer: shape for layer, (_, shape) in spectra.items()}, notes)
@@ -942,8 +954,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(" .")
+    """What an error says, in one line that is fit to print."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return "".join(letter if letter.isprintable() else "?" for letter in lines[0].rstrip(" ."))
 
 
 def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
@@ -1045,8 +1058,15 @@ def unpickled_tensors(path: Path) -> dict[str, Tensor]:
         DsireError: it isn't a pickle of plain tensors, or an alpha in it is no number.
     """
     try:
-        # only a zip archive can be mapped; the older form is read whole
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        archive = zipfile.is_zipfile(path)  # only such a one can be mapped; the older form is read whole
+        if archive:
+            with zipfile.ZipFile(path) as parts:
+                damaged = parts.testzip()  # torch leaves the checksums unread
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
         reason = shown(first_line(error))
         raise DsireError(
@@ -1377,6 +1397,17 @@ class HubBusy(HubUnreachable):
     """The Hub, or the way to it, failed in a way that may pass: worth another try."""
 
 
+def http_status(error: BaseException | None) -> int:
+    """The status of the Hub's answer that an error comes from, 0 if none does."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return int(error.response.status_code)
+        error = error.__cause__ or error.__context__
+    return 0
+
+
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """Turn what huggingface_hub and datasets raise into one line that says what to do."""
@@ -1398,6 +1429,8 @@ def hub_errors(what: str) -> Iterator[None]:
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             raise HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it") from error
+        if status := http_status(error):
+            raise HubBusy(f"{what}: the Hub answers with HTTP {status}; try again later") from error
         raise HubUnreachable(f"{reach} ({first_line(error)}): check the network, or HF_ENDPOINT") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
@@ -1407,7 +1440,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except ValueError as error:  # of datasets and huggingface_hub, about what they were given or what came back
         raise DsireError(f"{what} can't be used: {first_line(error)}") from error
     except (http_error, ConnectionError, TimeoutError) as error:
-        kind = HubUnreachable if "Connect" in type(error).__name__ else HubBusy
+        kind = HubBusy if type(error).__name__ in ("ReadError", "RemoteProtocolError") else HubUnreachable
         raise kind(f"{reach} ({first_line(error)}): check the network, or HF_ENDPOINT") from error
 
 
@@ -1421,10 +1454,27 @@ def patiently(call: Callable[..., Any], *arguments: Any) -> Any:
     return call(*arguments)
 
 
-def quiet_libraries() -> None:
-    """What huggingface_hub has to say comes as exceptions; its progress bars are for a person who watches."""
-    import huggingface_hub
+def prepare_libraries() -> None:
+    """What huggingface_hub has to say comes as exceptions; its progress bars are for a person who watches.
 
+    Some of its requests would wait for a silent server for ever: they get the time that it gives its downloads.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client_with_a_limit() -> Any:
+        client: Any = default_client_factory()
+        client.timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ask = client.request
+
+        def request(*arguments: Any, **options: Any) -> Any:
+            options["timeout"] = options.get("timeout") or client.timeout
+            return ask(*arguments, **options)
+
+        client.request = request
+        return client
+
+    huggingface_hub.set_client_factory(client_with_a_limit)
     huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
@@ -1433,6 +1483,7 @@ def quiet_libraries() -> None:
 def hub_commit(dataset: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
+    prepare_libraries()
     with hub_errors(f"dataset {dataset}" + (f" at revision {revision}" if revision else "")):
         commit = HfApi().dataset_info(dataset, revision=revision, timeout=30).sha
     assert commit is not None
@@ -1446,11 +1497,12 @@ def resolve(dataset: str, subset: str | None, commit: str | None) -> Source:
         DsireError: an unknown subset (with the list of those that exist), or a subset without parquet files.
     """
     import datasets
+    import yaml
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.hf_api import RepoFile
 
     datasets.logging.set_verbosity_error()
-    quiet_libraries()
+    prepare_libraries()
     what = f"dataset {dataset}"
     with hub_errors(what):
         try:
@@ -1460,8 +1512,12 @@ def resolve(dataset: str, subset: str | None, commit: str | None) -> Source:
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
             builder = datasets.load_dataset_builder(dataset, subset or configs[0], revision=commit)
+        except yaml.YAMLError as error:
+            raise DsireError(f"{what}: the header of its README.md is not YAML ({first_line(error)})") from error
         except FileNotFoundError as error:  # DatasetNotFoundError is one, too
             reason = re.sub(r" with any supported extension.*", "", first_line(error))  # a list of a hundred
+            if status := http_status(error):
+                raise HubBusy(f"{what}: the Hub answers with HTTP {status}; try again later") from error
             if "gated" in reason:
                 reason += "; set HF_TOKEN to a token of an account that has access"
             raise DsireError(f"{what} has no data to read: {reason}") from error
@@ -1500,7 +1556,7 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
         return Path(shard.file)
     from huggingface_hub import hf_hub_download
 
-    quiet_libraries()
+    prepare_libraries()
     folder = cache / "downloads" / source.dataset.replace("/", "--")
     for half in (folder / ".cache").rglob(f"*{shard.etag}*.incomplete"):  # of a run that was killed: it is not resumed
         half.unlink(missing_ok=True)
@@ -1626,6 +1682,8 @@ def fetched_ahead(
             except Timeout:
                 print(f"waiting for another run, which is at {Path(shard.file).name}", file=sys.stderr)
                 lock.acquire()
+        for half in place.parent.glob(f".{place.stem}.*.half"):  # of a run that was killed as it wrote
+            half.unlink(missing_ok=True)
         try:
             found = load_spectra(shard, rank, cache)
             return (patiently(fetch, source, shard, cache) if found is None else found), lock.release
@@ -1716,7 +1774,7 @@ def subset_spectra(source: Source, rank: int, cache: Path, device: str = "cpu", 
     """
     from tqdm import tqdm
 
-    if source.shards[0].file.endswith(WEIGHT_ENDINGS):
+    if is_lora_folder(source):
         return folder_spectra(source, cache)
     shards = source.shards
     missing = [shard for shard in shards if load_spectra(shard, rank, cache) is None]
@@ -1769,7 +1827,11 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
     with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = [pool.submit(cached_file_spectra, shard, cache) for shard in source.shards]
         try:
-            files = [run.result() for run in tqdm(runs, unit="file", disable=None)]
+            files = []
+            for run in tqdm(runs, unit="file", disable=None):
+                files.append(run.result())
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{len(files)} of {len(runs)} files are done") from None
         finally:
             pool.shutdown(cancel_futures=True)
     known = []
@@ -1847,7 +1909,7 @@ def files_to_predict(item: str, cache: Path) -> list[Path]:
             raise DsireError(f"{item or 'an empty name'}: no such file or folder")
         from huggingface_hub import hf_hub_download, snapshot_download
 
-        quiet_libraries()
+        prepare_libraries()
         repository, name = match[1], match[2]
         with hub_errors(item), disk_errors(cache / "hub"):
             if name:
@@ -1861,13 +1923,17 @@ def files_to_predict(item: str, cache: Path) -> list[Path]:
     return files
 
 
+def is_lora_folder(source: Source) -> bool:
+    return source.shards[0].file.lower().endswith(WEIGHT_ENDINGS)
+
+
 def rank_of(source: Source, rank: int | None) -> int:
     """The rank of the LoRAs in a subset: `rank`, or the one in its name, such as 32 in medium_32_2.
 
     Raises:
         DsireError: neither says it, or they contradict each other.
     """
-    if source.shards[0].file.endswith(WEIGHT_ENDINGS):
+    if is_lora_folder(source):
         return 0  # such files say it themselves, layer by layer
     match = re.fullmatch(r"[a-z]+_(\d+)(_\d+)?", source.subset)
     named = int(match[1]) if match else None
@@ -2251,7 +2317,7 @@ def run(arguments: argparse.Namespace) -> int:
     source, said = told_by_the_first(
         lambda: find_source(arguments.dataset or LORA_WISE, arguments.subset, arguments.revision, cache)
     )
-    if process_rank() and source.shards[0].file.endswith(WEIGHT_ENDINGS):
+    if process_rank() and is_lora_folder(source):
         return 0  # such a folder is not worth sharing
     rank = rank_of(source, arguments.rank)
     spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards)
@@ -2268,6 +2334,19 @@ def run(arguments: argparse.Namespace) -> int:
         "rank": spectra.values.shape[-1],
         "device": device,
     }
+    try:
+        return report(arguments, spectra, source, settings, notes)
+    except KeyboardInterrupt:
+        done = len(source.shards)
+        raise KeyboardInterrupt(
+            f"{done} of {done} {'files' if is_lora_folder(source) else 'shards'} are done"
+        ) from None
+
+
+def report(
+    arguments: argparse.Namespace, spectra: Spectra, source: Source, settings: dict[str, Any], notes: list[str]
+) -> int:
+    """Evaluate, compare, draw and write, or predict: all that comes after the spectra."""
     if arguments.predict:
         return predict(arguments, spectra, settings, notes)
     predictor = PREDICTORS[arguments.predictor]

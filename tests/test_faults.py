@@ -330,14 +330,6 @@ def test_killed_over_the_hub_at_some_moment(
     assert_goes_on_from_the_hub(start, hub, tmp_path, undisturbed)
 
 
-def test_no_download_is_left_by_a_run_that_was_killed_with_its_spectra_on_the_disk(
-    start: Start, hub: HubStandIn, tmp_path: Path
-) -> None:
-    start(*QUICK, stop=Stop("Path.unlink", f"--LoRA-WiSE/low/4/{SECOND}.parquet", 2)).kill()
-    assert start(*QUICK).outcome().code == 0
-    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.suffix in (".parquet", ".incomplete")] == []
-
-
 def test_no_half_file_is_left_by_a_run_that_was_killed(start: Start, wise: Path, tmp_path: Path) -> None:
     arguments = (f"--dataset={wise}", *QUICK)
     start(*arguments, stop=Stop("os.fsync", SECOND)).kill()
@@ -723,7 +715,7 @@ def test_a_question_that_stalls(
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DEFAULT_REQUEST_TIMEOUT"):
         monkeypatch.setattr(constants, name, 0.2)
     hub.faults.delay(PLACES[place], seconds=60, times=None)
-    with within(5):
+    with within(30):
         assert run(*QUICK).says(dsire.LORA_WISE, "network")
 
 
