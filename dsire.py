@@ -45,7 +45,7 @@ CACHE_FORMAT = 1  # part of every cache key: spectra that were written in anothe
 BLOCK = 2**24  # distances held at once by the nearest-neighbour search: 128 MiB
 
 # MAE, MAPE in % and accuracy in %, mean and standard deviation over ten experiments: the paper's Tables 2 to 5 and 9.
-PAPER = {
+PAPER: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
     "low_32": {
         "dsire": ((0.36, 0.04), (11.36, 1.55), (69.30, 3.83)),
         "frobenius": ((0.43, 0.04), (15.14, 2.12), (65.29, 2.42)),
@@ -306,7 +306,7 @@ def fitted_votes(new_estimator: Callable[[], Any], train: Spectra, test: Spectra
     try:
         answers = [new_estimator().fit(x, sizes).predict(y) for x, y in zip(known, asked, strict=True)]
     except ValueError as error:
-        raise DsireError(f"this predictor needs more training models: {first_line(error)}") from error
+        raise DsireError(f"ridge or gda needs a larger --train_size: {first_line(error)}") from error
     return nearest_size(torch.tensor(np.stack(answers)), train.sizes.unique())
 
 
@@ -326,17 +326,22 @@ def log_ridge(train: Spectra, test: Spectra) -> Prediction:
     when the training micro-datasets are left out in turn: nothing is chosen on test models. The shares are those of a
     normal distribution about the answer, as wide as the errors on what was left out.
     """
-    answers, deviation = log_ridge_fit(train, test)
-    candidates = train.sizes.unique()
-    distances = (answers[:, None] - candidates.double().log()) / max(deviation, 1e-9)
-    shares = torch.softmax(-distances.square() / 2, dim=1)
-    return Prediction(candidates[shares.argmax(1)], candidates, shares)
+    prediction, _ = log_ridge_and_answers(train, test)
+    return prediction
 
 
 def log_regression(train: Spectra, test: Spectra) -> Prediction:
     """The regression of `log_ridge`, but its answer can be any whole number, also one between the training sizes."""
-    answers, _ = log_ridge_fit(train, test)
-    return replace(log_ridge(train, test), sizes=answers.exp().round().clamp_min(1).long())
+    prediction, answers = log_ridge_and_answers(train, test)
+    return replace(prediction, sizes=answers.clamp(0, math.log(2**53)).exp().round().long())
+
+
+def log_ridge_and_answers(train: Spectra, test: Spectra) -> tuple[Prediction, Tensor]:
+    answers, deviation = log_ridge_fit(train, test)
+    candidates = train.sizes.unique()
+    distances = (answers[:, None] - candidates.double().log()) / max(deviation, 1e-9)
+    shares = torch.softmax(-distances.square() / 2, dim=1)
+    return Prediction(candidates[shares.argmax(1)], candidates, shares), answers
 
 
 def log_ridge_fit(train: Spectra, test: Spectra) -> tuple[Tensor, float]:
@@ -467,7 +472,8 @@ def compare(spectra: Spectra, protocol: Protocol) -> dict[str, list[Experiment]]
 
 def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> dict[str, list[Experiment]]:
     """The same with fewer micro-datasets to train on, up to the protocol's (Figure 5)."""
-    counts = sorted({count for count in (1, 2, 3, 5, 10) if count < protocol.train_size} | {protocol.train_size})
+    least = 2 if predictor is gda else 1  # a discriminant analysis needs more models than sizes
+    counts = sorted({n for n in (1, 2, 3, 5, 10) if least <= n < protocol.train_size} | {protocol.train_size})
     return {str(count): evaluate(spectra, predictor, protocol._replace(train_size=count)) for count in counts}
 
 
@@ -554,7 +560,7 @@ class Estimate:
     """
 
     file: str
-    estimate: float
+    estimate: int
     votes: dict[int, float]
     alike: list[float]
     confidence_set: list[int]
@@ -602,9 +608,10 @@ def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confi
     strangeness, limit = how_unlike(to_nearest, distances)
     found = []
     for row, file in enumerate(files):
-        size, share = answer.sizes[row].item(), float(answer.shares[row].max())
+        size, winning_share = int(answer.sizes[row]), float(answer.shares[row].max())
         warnings = list(file.notes)
-        if not to_nearest[:, row].any():
+        rounding = 1e-9 * torch.linalg.vector_norm(new.values[:, row], dim=-1).cpu()
+        if (to_nearest[:, row] <= rounding).all():
             warnings.append("this very model is among the labelled ones")
         if not micro_datasets:
             warnings.append("one micro-dataset only: how sure the estimate is can't be told")
@@ -623,7 +630,7 @@ def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confi
                 str(file.names[0]),
                 size,
                 dict(zip(candidates.tolist(), answer.shares[row].tolist(), strict=True)),
-                models_alike(share, torch.cat(shares), torch.cat(hits)) if micro_datasets else [],
+                models_alike(winning_share, torch.cat(shares), torch.cat(hits)) if micro_datasets else [],
                 members if micro_datasets else [],
                 stated,
                 warnings,
@@ -967,8 +974,9 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
     """
     first = shards[0]
     for shard, file in zip(shards, files, strict=True):
-        for layer in sorted(shard.shapes.keys() ^ first.shapes.keys()):
-            raise DsireError(f"layer {layer} is in only one of the shards {files[0]} and {file}")
+        different = shard.shapes.keys() ^ first.shapes.keys()
+        if different:
+            raise DsireError(f"layer {min(different)} is in only one of the shards {files[0]} and {file}")
         for layer, shape in shard.shapes.items():
             if shape != first.shapes[layer]:
                 raise DsireError(
@@ -1276,8 +1284,8 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
     if 0 < images < 2**53:
         return images, "ss_datasets"
     images, repeats = whole(parsed("ss_num_train_images")), whole(parsed("ss_num_repeats"))
-    if images and not images % (repeats or 1):
-        return images // (repeats or 1), "ss_num_train_images" + ("" if repeats else ", repeats not stated")
+    if images and repeats and not images % repeats:  # without the repeats it is no number of images
+        return images // repeats, "ss_num_train_images"
     return None
 
 
@@ -1368,8 +1376,11 @@ def lora_folder(folder: Path) -> Source:
     files, _ = weight_files(folder)
     if not files:
         raise DsireError(f"--dataset={folder} holds neither parquet nor LoRA files ({' '.join(WEIGHT_ENDINGS)})")
-    stats = [(str(file), file.stat()) for file in files]
-    shards = [Shard(file, stat.st_size, f"mtime-{stat.st_mtime_ns}") for file, stat in stats]
+    shards = []
+    for file in files:
+        parts = [part for part in (file, file.with_name("adapter_config.json")) if part.is_file()]  # both decide BA
+        etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
+        shards.append(Shard(str(file), file.stat().st_size, etag))
     return Source(str(folder), folder.resolve().name, "", shards)
 
 
@@ -1547,7 +1558,7 @@ def resolve(dataset: str, subset: str | None, commit: str | None) -> Source:
 
 
 def fetch(source: Source, shard: Shard, cache: Path) -> Path:
-    """The shard on disk: where it is, or downloaded by huggingface_hub (resumed, and checked against its SHA-256).
+    """The shard on disk: where it is, or downloaded by huggingface_hub and checked against its SHA-256.
 
     Raises:
         DsireError: it can't be had, or is damaged also when it is fetched anew.
@@ -1742,7 +1753,11 @@ def join_processes() -> None:
     import torch.distributed
 
     # gloo: all that is exchanged is who is ready; a subset can take hours, and a dead process ends the others anyway
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    except (ValueError, RuntimeError) as error:
+        message = f"WORLD_SIZE is set, but no group of processes can be made ({first_line(error)}): start with torchrun"
+        raise DsireError(message) from error
 
 
 def told_by_the_first(function: Callable[[], Any]) -> Any:
@@ -1777,7 +1792,7 @@ def subset_spectra(source: Source, rank: int, cache: Path, device: str = "cpu", 
     if is_lora_folder(source):
         return folder_spectra(source, cache)
     shards = source.shards
-    missing = [shard for shard in shards if load_spectra(shard, rank, cache) is None]
+    missing = told_by_the_first(lambda: [shard for shard in shards if load_spectra(shard, rank, cache) is None])
     own = missing[process_rank() :: process_count()]
     done = len(shards) - len(missing)
     with tqdm(total=done + len(own), initial=done, unit="shard", disable=None) as progress:
@@ -1894,15 +1909,15 @@ def metadata_csv(path: Path) -> dict[str, tuple[int, str]] | None:
     return labels
 
 
-def files_to_predict(item: str, cache: Path) -> list[Path]:
-    """The weight files that the user means: a file, those of a folder, or those of a Hub repository.
+def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
+    """The weight files that the user means (a file, those of a folder, or of a Hub repository), and what is left out.
 
     Raises:
         DsireError: there is no such file, folder or repository, or no weight file in it.
     """
     path = Path(item)
     if item and path.is_file():
-        return [path]
+        return [path], []
     if not item or not path.exists():
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", item)
         if not match or match[1].endswith(WEIGHT_ENDINGS):
@@ -1913,14 +1928,14 @@ def files_to_predict(item: str, cache: Path) -> list[Path]:
         repository, name = match[1], match[2]
         with hub_errors(item), disk_errors(cache / "hub"):
             if name:
-                return [Path(hf_hub_download(repository, name, cache_dir=cache / "hub"))]
+                return [Path(hf_hub_download(repository, name, cache_dir=cache / "hub"))], []
             patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
             path = Path(snapshot_download(repository, cache_dir=cache / "hub", allow_patterns=patterns))
-    files, _ = weight_files(path)
+    files, notes = weight_files(path)
     if not files:
         hint = "" if Path(item).exists() else "; name a pickle as user/name:file.bin"
         raise DsireError(f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}")
-    return files
+    return files, notes
 
 
 def is_lora_folder(source: Source) -> bool:
@@ -1964,6 +1979,12 @@ def summary_cells(values: Iterable[tuple[float, float]]) -> str:
     return "".join(f"{f'{mean:.2f} ± {std:.2f}':>16}" for mean, std in values)
 
 
+def paper_values(settings: dict[str, Any]) -> dict[str, tuple[tuple[float, float], ...]]:
+    """The paper's values for a subset, where it was judged as here: all matrices, 15 training micro-datasets."""
+    same = len(set(settings["matrices"])) == 3 and settings["train_size"] == 15
+    return PAPER.get(settings["subset"], {}) if same else {}
+
+
 def print_report(spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]) -> None:
     train_size, micro_datasets = settings["train_size"], len(spectra.micro_datasets())
     print(describe(spectra, settings))
@@ -1973,7 +1994,7 @@ def print_report(spectra: Spectra, experiments: list[Experiment], settings: dict
     for note in notes:
         print(f"note: {note}")
     predictor = settings["predictor"]
-    paper = PAPER.get(settings["subset"], {}).get(predictor) if len(set(settings["matrices"])) == 3 else None
+    paper = paper_values(settings).get(predictor)
     print(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}")
     print(f"{predictor:16}" + summary_cells(mean_and_std(experiments).values()))
     if paper:
@@ -2008,9 +2029,8 @@ def write_report(
     write_table(output / "predictions.csv", table)
 
 
-def print_comparison(runs: dict[str, list[Experiment]], subset: str) -> None:
+def print_comparison(runs: dict[str, list[Experiment]], paper: dict[str, tuple[tuple[float, float], ...]]) -> None:
     """One table of predictors and matrices: the metrics, the difference of the MAE to dsire's, the paper's values."""
-    paper = PAPER.get(subset, {})
     print(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>18}", end="")
     print(f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")
     for name, experiments in runs.items():
@@ -2029,10 +2049,12 @@ def print_breakdown(title: str, rows: dict[str, list[Experiment]]) -> None:
         print(f"{name:32}" + summary_cells([summary["mae"], summary["accuracy"]]))
 
 
-def report_comparison(spectra: Spectra, protocol: Protocol, subset: str) -> dict[str, Any]:
+def report_comparison(
+    spectra: Spectra, protocol: Protocol, paper: dict[str, tuple[tuple[float, float], ...]]
+) -> dict[str, Any]:
     """Run and print all comparisons; returns them as they go into report.json."""
     runs = compare(spectra, protocol)
-    print_comparison(runs, subset)
+    print_comparison(runs, paper)
     growth = by_train_size(spectra, dsire, protocol)
     print_breakdown("dsire by training micro-datasets", growth)
     sizes = by_size(spectra, runs["dsire"])
@@ -2063,7 +2085,7 @@ def report_comparison(spectra: Spectra, protocol: Protocol, subset: str) -> dict
 
 def print_estimate(estimate: Estimate, confidence: float) -> None:
     votes = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
-    print(f"\n{estimate.file}: {estimate.estimate:g} image{'s' if estimate.estimate != 1 else ''}")
+    print(f"\n{estimate.file}: {estimate.estimate} image{'s' if estimate.estimate != 1 else ''}")
     print("  votes     " + ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005))
     if estimate.alike:
         low, high, models, right = estimate.alike
@@ -2071,7 +2093,7 @@ def print_estimate(estimate: Estimate, confidence: float) -> None:
             f"  like it   of {models:g} left-out models with {low:.0%} to {high:.0%} of the votes, {right:g} were right"
         )
         members = " or ".join(str(size) for size in estimate.confidence_set) or "none of the sizes"
-        print(f"  so        {members}, with {confidence:.0%} confidence")
+        print(f"  so        {members}, with {confidence:.0%} confidence, if it is one of the labelled sizes")
     if estimate.stated_size:
         print(f"  stated    {estimate.stated_size}")
     for warning in estimate.warnings:
@@ -2087,7 +2109,7 @@ def write_estimates(output: Path, found: list[Estimate], settings: dict[str, Any
     for one in found:
         members = " ".join(str(size) for size in one.confidence_set)
         share = f"{max(one.votes.values()):.4f}"
-        row = [one.file, f"{one.estimate:g}", share, members, str(one.stated_size or ""), "; ".join(one.warnings)]
+        row = [one.file, str(one.estimate), share, members, str(one.stated_size or ""), "; ".join(one.warnings)]
         table.append(row)
     write_table(output / "estimates.csv", table)
 
@@ -2293,14 +2315,15 @@ def choose_device(name: str | None) -> str:
     """The device to compute on: the one that is named, or this process's GPU, or the CPU.
 
     Raises:
-        DsireError: the device that is named can't be used.
+        DsireError: the device can't be used, or not in float64.
     """
     if name is None:
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if torch.cuda.is_available() else "cpu"
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise DsireError(f"--device={name} can't be used here ({first_line(error)})") from error
+        torch.zeros(1, dtype=torch.float64, device=name).cpu()
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise DsireError(f"--device={name} can't be used here ({first_line(error)}); try --device=cpu") from error
     return name
 
 
@@ -2309,9 +2332,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.subset is None and arguments.dataset is None:
         arguments.dataset, arguments.subset = str(SHIPPED), SHIPPED_SUBSET
         notes.append("no --subset was given: this is the small subset that ships with the script")
+    if arguments.predict and (arguments.compare or arguments.plots):
+        raise DsireError("--compare and --plots are about the labelled models: leave them out with --predict")
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
     join_processes()
+    asked: list[Path] = []
+    refused = 0
+    for item in arguments.predict or [] if process_rank() == 0 else []:  # before a subset is fetched for nothing
+        try:
+            files, left_out = files_to_predict(item, arguments.cache_dir)
+            asked += files
+            notes += left_out
+        except DsireError as error:
+            refused += 1
+            print_error(error)
+    if refused and not asked:
+        return 2
     device = choose_device(arguments.device)
     cache = arguments.cache_dir
     source, said = told_by_the_first(
@@ -2335,7 +2372,10 @@ def run(arguments: argparse.Namespace) -> int:
         "device": device,
     }
     try:
-        return report(arguments, spectra, source, settings, notes)
+        if arguments.predict:
+            return 0 if predict(arguments, spectra, asked, settings, notes) and not refused else 2
+        report(arguments, spectra, source.subset, settings, notes)
+        return 0
     except KeyboardInterrupt:
         done = len(source.shards)
         raise KeyboardInterrupt(
@@ -2344,63 +2384,51 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def report(
-    arguments: argparse.Namespace, spectra: Spectra, source: Source, settings: dict[str, Any], notes: list[str]
-) -> int:
-    """Evaluate, compare, draw and write, or predict: all that comes after the spectra."""
-    if arguments.predict:
-        return predict(arguments, spectra, settings, notes)
+    arguments: argparse.Namespace, spectra: Spectra, subset: str, settings: dict[str, Any], notes: list[str]
+) -> None:
+    """Evaluate, compare and draw what the arguments ask for."""
     predictor = PREDICTORS[arguments.predictor]
     protocol = Protocol(arguments.experiments, arguments.train_size, arguments.seed)
     results = evaluate(spectra, predictor, protocol)
     print_report(spectra, results, settings, notes)
     details = {}
     if arguments.compare:
-        details = report_comparison(spectra, protocol, source.subset)
-    if arguments.plots:
-        growth = by_train_size(spectra, predictor, protocol)
-        draw_figures(arguments.output, spectra, results, growth, f"{arguments.predictor} on {source.subset}")
+        details = report_comparison(spectra, protocol, paper_values(settings))
     if arguments.output:
         write_report(arguments.output, spectra, results, settings, notes, details)
-    return 0
+    if arguments.plots:
+        growth = by_train_size(spectra, predictor, protocol)
+        draw_figures(arguments.output, spectra, results, growth, f"{arguments.predictor} on {subset}")
 
 
-def predict(arguments: argparse.Namespace, fitted: Spectra, settings: dict[str, Any], notes: list[str]) -> int:
-    """Print an estimate for each file that can be read, and an error for each that can't."""
-    failed = False
-
-    def complain(error: DsireError) -> None:
-        nonlocal failed
-        failed = True
-        print_error(error)
-
-    paths = []
-    for item in arguments.predict:
-        try:
-            paths += files_to_predict(item, arguments.cache_dir)
-        except DsireError as error:
-            complain(error)
+def predict(
+    arguments: argparse.Namespace, fitted: Spectra, paths: list[Path], settings: dict[str, Any], notes: list[str]
+) -> bool:
+    """Print an estimate for each file that can be read, and an error for each that can't; True if all could be."""
     print(describe(fitted, settings))
     for note in notes:
         print(f"note: {note}")
     alike: dict[tuple[Voter, ...], list[Spectra]] = {}  # files with the same layers are judged together
+    refused = 0
     for path in paths:
         try:
             file = matched(file_spectra(path), fitted)
             alike.setdefault(tuple(file.voters), []).append(file)
         except DsireError as error:
-            complain(error)
+            refused += 1
+            print_error(error)
     found = []
     for files in alike.values():
+        known = fitted.of_voters(files[0].voters)
         with one_torch_thread():  # many small matrices: a second thread costs more than it brings
-            found += estimates(
-                fitted.of_voters(files[0].voters), files, PREDICTORS[arguments.predictor], arguments.confidence
-            )
-    found.sort(key=lambda estimate: [str(path) for path in paths].index(estimate.file))
+            found += estimates(known, files, PREDICTORS[arguments.predictor], arguments.confidence)
+    order = {str(path): number for number, path in enumerate(paths)}
+    found.sort(key=lambda estimate: order[estimate.file])
     for estimate in found:
         print_estimate(estimate, arguments.confidence)
     if arguments.output:
         write_estimates(arguments.output, found, settings, notes)
-    return 2 if failed else 0
+    return not refused
 
 
 def print_error(error: DsireError) -> None:

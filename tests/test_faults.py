@@ -438,7 +438,11 @@ def test_interrupted_while_the_hub_stalls(start: Start, hub: HubStandIn) -> None
 
 def test_interrupted_on_a_folder_of_lora_files(start: Start, tmp_path: Path) -> None:
     for name, size in models_of(2):
-        write_model(tmp_path / "loras" / f"{name}-{size}.safetensors", (name, size), {"ss_num_train_images": str(size)})
+        write_model(
+            tmp_path / "loras" / f"{name}-{size}.safetensors",
+            (name, size),
+            {"ss_num_train_images": str(size), "ss_num_repeats": "1"},
+        )
     arguments = (f"--dataset={tmp_path / 'loras'}", "--train_size=1", "--experiments=1")
     run = start(*arguments, stop=Stop("dsire.save_spectra", number=5))
     assert_stopped(run.send(signal.SIGINT, signal.SIGCONT).outcome(), "of 12 files")

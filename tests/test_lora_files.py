@@ -474,7 +474,6 @@ def test_alpha_patterns(pattern: str, tmp_path: Path) -> None:
         ({"ss_dataset_dirs": {"2_a": {"img_count": 3}}, "ss_num_train_images": "6"}, 3, "ss_dataset_dirs"),
         ({"ss_dataset_dirs": {}, "ss_datasets": [{"subsets": [{"img_count": 5}]}]}, 5, "ss_datasets"),
         ({"ss_num_train_images": "60", "ss_num_repeats": "10"}, 6, "ss_num_train_images"),
-        ({"ss_num_train_images": "9"}, 9, "repeats not stated"),
     ],
 )
 def test_a_stated_size_and_its_source(header: dict[str, Any], size: int, key: str, tmp_path: Path) -> None:
@@ -501,6 +500,12 @@ def test_a_stated_size_and_its_source(header: dict[str, Any], size: int, key: st
 def test_metadata_that_is_malformed_states_nothing(key: str, text: str, tmp_path: Path) -> None:
     found = dsire.file_spectra(write(tmp_path / "kohya.safetensors", one_layer(), {key: text}))
     assert found.sizes.tolist() == [0]
+
+
+def test_a_number_of_images_without_the_repeats_states_nothing(tmp_path: Path) -> None:
+    """Kohya counts an image as often as it is repeated."""
+    header = {"ss_num_train_images": "90"}
+    assert dsire.file_spectra(write(tmp_path / "kohya.safetensors", one_layer(), header)).sizes.tolist() == [0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

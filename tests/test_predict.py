@@ -92,8 +92,9 @@ def test_the_other_files_are_done_when_one_is_bad(own: Path, tmp_path: Path, run
 
 
 def test_one_bad_file_alone_leaves_an_empty_table(own: Path, tmp_path: Path, run: Run) -> None:
-    outcome = run("--dataset", own, "--predict", tmp_path / "nowhere.safetensors")
-    assert outcome.says("nowhere.safetensors", "no such file")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    outcome = run("--dataset", own, "--predict", tmp_path / "text.safetensors")
+    assert outcome.says("text.safetensors", "safetensors")
     assert estimates_in(outcome) == []
 
 
@@ -752,3 +753,23 @@ def test_one_layer_of_convolutions_can_be_labelled(tmp_path: Path, run: Run) -> 
         write(folder / f"{size}.safetensors", one_layer(down=down, up=up), kohya_header(size))
     found = estimates_in(run("--dataset", folder, "--predict", folder))
     assert [one["estimate"] for one in found] == list(SIZES)
+
+
+def test_settings_beside_a_labelled_file_are_part_of_its_version(tmp_path: Path, run: Run) -> None:
+    """alpha comes from adapter_config.json: when that changes, so does BA."""
+    folder = tmp_path / "loras"
+    for name in ("a", "b"):
+        adapter(folder / name, {"peft_type": "LORA", "lora_alpha": 4})
+    (folder / "metadata.csv").write_text(
+        "file_name,label\na/adapter_model.safetensors,1\nb/adapter_model.safetensors,2\n"
+    )
+    before = dsire.subset_spectra(dsire.lora_folder(folder), 0, tmp_path / "cache").values
+    for name in ("a", "b"):
+        settings = folder / name / "adapter_config.json"
+        settings.write_text(settings.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
+    after = dsire.subset_spectra(dsire.lora_folder(folder), 0, tmp_path / "cache").values
+    torch.testing.assert_close(after[-1], 2 * before[-1])  # the last voter is a product
+
+
+def test_a_name_that_is_nowhere_is_said_before_the_subset_is_read(tmp_path: Path, run: Run) -> None:
+    assert run("--dataset=/nowhere/at/all", "--predict=nothing.safetensors").says("nothing.safetensors: no such file")

@@ -191,3 +191,27 @@ def test_compare_and_plots(run: Run, tiny_wise: Path, tmp_path: Path) -> None:
 def test_plots_without_a_folder(run: Run, tiny_wise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["dsire.py", "--plots"])
     assert dsire.main() == 2
+
+
+def test_log_regression_of_spectra_far_from_all_others_is_a_size() -> None:
+    train = power_law([1, 4, 16])
+    far = dsire.replace(train, values=1e-30 * train.values)
+    assert all(1 <= size <= 2**53 for size in dsire.log_regression(train, far).sizes.tolist())
+
+
+def test_plots_of_gda_and_nothing_lost_with_too_few_models(run: Run, tiny_wise: Path) -> None:
+    small = [f"--dataset={tiny_wise}", "--subset=medium_4", "--experiments=1", "--predictor=gda", "--matrices=B"]
+    assert run(*small, "--train_size=2", "--plots").code == 0
+    assert run(*small, "--train_size=1").says("--train_size")
+
+
+def test_the_paper_is_quoted_only_where_it_was_judged_alike() -> None:
+    settings: dict[str, Any] = {"subset": "low_32", "matrices": ["A", "B", "BA"], "train_size": 15}
+    assert dsire.paper_values(settings)["dsire"][0] == (0.36, 0.04)
+    assert not dsire.paper_values({**settings, "matrices": ["B"]})
+    assert not dsire.paper_values({**settings, "train_size": 5})
+
+
+@pytest.mark.parametrize("device", ["meta", "nowhere", "cuda:99"])
+def test_a_device_that_cannot_be_used(run: Run, device: str) -> None:
+    assert run(f"--device={device}").says(f"--device={device}")
