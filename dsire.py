@@ -137,7 +137,7 @@ class Spectra:
     """The spectra of some models, with what is known of the models.
 
     Attributes:
-        values: [voters, models, r], float64, on the CPU; a layer of a lower rank than r has zeros at its end.
+        values: [voters, models, r], float64; a layer of a lower rank than r has zeros at its end.
         sizes: n, the number of training images, of each model: int64 [models]; 0 if it is not known.
         names: the micro-dataset of each model, strings or integers.
         voters: what each row of `values` is.
@@ -515,7 +515,7 @@ def unseen_sizes(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> 
 
 
 def by_layer(spectra: Spectra, protocol: Protocol) -> Tensor:
-    """The accuracy of each voter alone, in %, mean over the experiments: float64 [voters]."""
+    """The accuracy of each layer's voters, one by one, in %, mean over the experiments: float64 [voters]."""
     hits = []
     for train, test in splits(spectra.names, protocol):
         votes = votes_of(spectra.of_models(train), spectra.of_models(test))
