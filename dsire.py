@@ -86,8 +86,9 @@ class DsireError(Exception):
 def lora_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The singular values of A, B and BA, largest first, for a batch of LoRA layers of one shape.
 
-    With Aᵀ = Q R and B = P S (both thin QR), A has the singular values of R, B those of S, and BA = P (S Rᵀ) Qᵀ those
-    of S Rᵀ: nothing larger than r x r meets a singular value decomposition, and the out x in product is never formed.
+    Nothing larger than r x r is decomposed, and the out x in product is never formed: with the Gram matrices G = A Aᵀ
+    and H = Bᵀ B, and G = L Lᵀ (Cholesky), the squares of the singular values are the eigenvalues of G, H and Lᵀ H L.
+    Squares lose half of the digits where singular values lie far apart: such a model goes by way of `qr_spectra`.
 
     Args:
         a: A, "down", [..., r, in], float64.
@@ -98,6 +99,37 @@ def lora_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         FloatingPointError: a weight is not finite, or so large that the product overflows.
+    """
+    g, h = gram(a), gram(b.mT)
+    lower, failed = torch.linalg.cholesky_ex(g)
+    grams = torch.stack([g, h, lower.mT @ h @ lower])
+    if not grams.diagonal(dim1=-2, dim2=-1).sum().isfinite():
+        return qr_spectra(a, b)
+    squares = torch.linalg.eigvalsh(grams).flip(-1)
+    # rounding is about 1e-16 of |G|, of |H| and of |G| |H|: the least and the largest have to stand far above that
+    of_g, of_h, _ = squares[..., 0]
+    scale = torch.stack([of_g, of_h, of_g * of_h])
+    apart = (squares[..., -1] > 0) & (squares[..., 0] * squares[..., -1] > 1e-6 * scale.square())
+    exact = (failed == 0) & (apart & (scale > 1e-100)).all(0)
+    spectra = squares.clamp_min(0).sqrt()
+    if not exact.all():
+        spectra[:, ~exact] = torch.stack(qr_spectra(a[~exact], b[~exact]))
+    return spectra[0], spectra[1], spectra[2]
+
+
+def gram(x: Tensor) -> Tensor:
+    """X Xᵀ, [..., r, r], of X [..., r, n]."""
+    if x.device.type == "cpu":
+        rows = x.numpy()
+        with np.errstate(all="ignore"):  # the caller looks for what is not finite
+            return torch.from_numpy(rows @ rows.swapaxes(-1, -2))  # NumPy sees the symmetry: twice as fast as torch
+    return x @ x.mT
+
+
+def qr_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `lora_spectra` gives, for any matrices: with Aᵀ = Q R and B = P S (thin QR), BA = P (S Rᵀ) Qᵀ.
+
+    So A has the singular values of R, B those of S, and BA those of S Rᵀ.
     """
     rank = a.shape[-2]
     r = torch.linalg.qr(a.mT, mode="r").R
@@ -819,22 +851,28 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     """
     import pyarrow as pa
 
-    kind, name = column.type, shown(name)
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    kind = column.type
+    fixed = pa.types.is_fixed_size_list(kind)
+    lists = fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not lists or not pa.types.is_floating(kind.value_type):
-        raise DsireError(f"{file}: column {name} holds {kind}, not lists of floating point numbers")
+        raise DsireError(f"{file}: column {shown(name)} holds {kind}, not lists of floating point numbers")
     column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    flat = column.flatten()  # drops the lists that are null, hence the count
-    if column.null_count or flat.null_count:
-        raise DsireError(f"{file}: column {name} has {column.null_count + flat.null_count} nulls: a matrix is missing")
-    lengths = (
-        {kind.list_size} if pa.types.is_fixed_size_list(kind) else set(column.value_lengths().unique().to_pylist())
-    )
-    if len(lengths) > 1:
-        raise DsireError(different_lengths(file, name, min(lengths), max(lengths)))
-    (length,) = lengths
+    nulls = column.null_count + column.values.null_count
+    if nulls:
+        raise DsireError(f"{file}: column {shown(name)} has {nulls} nulls: a matrix is missing")
+    if fixed:
+        starts = (column.offset + torch.arange(len(column) + 1)) * kind.list_size
+    else:
+        starts = torch.utils.dlpack.from_dlpack(column.offsets)
+    lengths = starts.diff()
+    length = int(lengths.min())
+    if length != lengths.max():
+        raise DsireError(different_lengths(file, shown(name), length, int(lengths.max())))
     if length == 0 or length % rank:
-        raise DsireError(f"{file}: column {name} has {length} numbers a row, which --rank={rank} does not divide")
+        raise DsireError(
+            f"{file}: column {shown(name)} has {length} numbers a row, which --rank={rank} does not divide"
+        )
+    flat = column.values.slice(int(starts[0]), len(column) * length)  # `flatten` would copy
     values: Tensor = torch.utils.dlpack.from_dlpack(flat)
     return values.to(torch.float64).view(-1, length)
 
@@ -926,7 +964,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             columns = file.schema_arrow.names
             sizes, names = model_labels(file.read([name for name in ("label", "name") if name in columns]), path.name)
             layers, others = lora_layers(columns, path.name)
-            with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
                 runs = [pool.submit(pair_spectra, pair) for pair in layers.values()]
                 try:
                     spectra = {layer: run.result() for layer, run in zip(layers, runs, strict=True)}
@@ -950,12 +988,15 @@ def voters_of(layers: dict[str, dict[str, str]]) -> list[Voter]:
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Columns are computed in parallel, so each may use one thread only."""
+def one_thread_each() -> Iterator[None]:
+    """Columns are computed in parallel, so each may use one thread only: torch's and NumPy's would get in their way."""
+    from threadpoolctl import threadpool_limits
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1):
+            yield
     finally:
         torch.set_num_threads(threads)
 
@@ -1221,7 +1262,7 @@ def file_spectra(path: Path) -> Spectra:
         DsireError: the file can't be read, is not plain LoRA, or holds weights that are not finite.
     """
     spectra, shapes = {}, {}
-    with open_weights(path) as weights, one_torch_thread():
+    with open_weights(path) as weights, one_thread_each():
         layers, others = lora_layers(weights.keys, path.name)
         for layer, a, b, scale in lora_matrices(path, weights):
             try:
@@ -1839,7 +1880,7 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
     folder = Path(source.dataset)
     _, notes = weight_files(folder)
     labels = metadata_csv(folder / "metadata.csv")
-    with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = [pool.submit(cached_file_spectra, shard, cache) for shard in source.shards]
         try:
             files = []
@@ -2420,7 +2461,7 @@ def predict(
     found = []
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
-        with one_torch_thread():  # many small matrices: a second thread costs more than it brings
+        with one_thread_each():  # many small matrices: a second thread costs more than it brings
             found += estimates(known, files, PREDICTORS[arguments.predictor], arguments.confidence)
     order = {str(path): number for number, path in enumerate(paths)}
     found.sort(key=lambda estimate: order[estimate.file])
