@@ -215,27 +215,33 @@ def nearest(train: Tensor, test: Tensor) -> Tensor:
         test: [voters, test models, r].
 
     Returns:
-        int64 [voters, test models]. Memory beyond that is bounded by BLOCK distances.
+        int64 [voters, test models]. Memory beyond that is bounded by BLOCK distances and a few voters' spectra.
     """
     voters, models, queries = len(train), train.shape[1], test.shape[1]
-    # spectra are far from zero and near each other, so the squares would cancel; a diverged one doesn't move a median
-    middle = train.median(1, keepdim=True).values
-    train, test = train - middle, test - middle
-    scale = train.abs().amax((1, 2), keepdim=True)
-    scale = torch.where(scale > 0, scale, 1)  # squares of very large or very small numbers don't fit a float64
-    train, test = train / scale, test / scale
-    squares = train.square().sum(-1)[:, None]
     found = torch.empty(voters, queries, dtype=torch.int64)
     rows = max(1, min(queries, BLOCK // models))
     group = max(1, BLOCK // (models * rows))
     for voter in range(0, voters, group):
         chosen = slice(voter, voter + group)
+        known, asked = centred(train[chosen], test[chosen])
+        squares = known.square().sum(-1)[:, None]
         for query in range(0, queries, rows):
-            part = test[chosen, query : query + rows]
             # |t - s|^2 less |t|^2, which is the same for every s
-            distances = torch.baddbmm(squares[chosen], part, train[chosen].mT, alpha=-2)
+            distances = torch.baddbmm(squares, asked[:, query : query + rows], known.mT, alpha=-2)
             found[chosen, query : query + rows] = distances.argmin(-1).cpu()
     return found
+
+
+def centred(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both shifted and scaled alike, voter by voter: the same neighbours, but squares that neither cancel nor overflow.
+
+    Spectra are far from zero and near each other; the median is where most are, whatever a diverged one does.
+    """
+    middle = train.median(1, keepdim=True).values
+    train, test = train - middle, test - middle
+    scale = train.abs().amax((1, 2), keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)
+    return train / scale, test / scale
 
 
 def majority(votes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,12 @@
 """Measure dsire.py against the disk and against plain libraries, all in one run: a table of ratios.
 
-    python tests/bench.py                    # makes its data in a temporary folder (2.5 GB), then deletes it
+    python tests/bench.py                    # makes its data in a temporary folder (3.5 GB), then deletes it
     python tests/bench.py --folder /data     # keeps the data there for the next run
 
-The data are random weights: only times and memory are measured on them, never an accuracy.
+The data are random weights in the layout of LoRA-WiSE, SD 1.5's 128 pairs of matrices: only times and memory are
+measured on them, never an accuracy. What is read from the disk has just been written, or read once, so it is in the
+page cache. Whatever a user would start as a command is measured in a process of its own, after its imports; the times
+of things to compare are taken in turns, and the shortest one of each counts: what else runs on the machine only adds.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 import dsire  # noqa: E402
 
-PEAK = """
+LIBRARIES = ("torch", "numpy", "pyarrow", "datasets", "scikit-learn")
+TURNS = 5
+RUN_COMMAND = """
 import resource, sys
 sys.path.insert(0, {root!r}); sys.argv = ["dsire.py"] + {arguments!r}
 import dsire
@@ -39,46 +44,86 @@ sys.exit(code)
 """
 
 
-def make(folder: Path, rank: int, models: int, shards: int) -> list[Path]:
-    """A folder of SD 1.5's shapes, made once."""
+def make(folder: Path, rank: int, models: int, shards: int) -> Path:
+    """A subset of SD 1.5's shapes, made once."""
     place = folder / f"rank{rank}_models{models}_shards{shards}"
     if not (place / "README.md").exists():
         script = ROOT / "tests" / "make_big_wise.py"
         sizes = ["--rank", str(rank), "--models", str(models), "--shards", str(shards)]
         subprocess.run([sys.executable, script, place, *sizes], check=True)
-    return sorted(place.rglob("*.parquet"))
+    return place
 
 
-def best(function: Callable[[], object], times: int = 3) -> float:
-    """The shortest of some times in seconds: what else runs on the machine only ever adds."""
-    measured = []
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        measured.append(time.perf_counter() - start)
-    return min(measured)
+def shards_of(subset: Path) -> list[Path]:
+    return sorted(subset.rglob("*.parquet"))
 
 
-def spectra_to_cache(shards: list[Path], rank: int) -> None:
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured in a process of its own: a function of a subset and its rank
+
+
+def read_table(subset: Path, rank: int) -> None:
+    """The floor: each table is read, and dropped before the next one."""
+    for path in shards_of(subset):
+        pq.read_table(path)
+
+
+def spectra(subset: Path, rank: int) -> None:
     """What the command does from shards on disk to spectra in the cache."""
     with tempfile.TemporaryDirectory() as cache:
-        found = [dsire.Shard(str(path), path.stat().st_size, "bench") for path in shards]
+        found = [dsire.Shard(str(path), path.stat().st_size, "bench") for path in shards_of(subset)]
         dsire.subset_spectra(dsire.Source("bench", "bench", "", found), rank, Path(cache))
 
 
-def plain_flow(folder: Path, rank: int) -> None:
-    """The steps of a script without care for speed: the whole table in pandas, one matrix at a time, svd_lowrank."""
+def plain_flow(subset: Path, rank: int) -> None:
+    """The steps of a script without care for speed: the whole table in pandas, one matrix at a time, svd_lowrank.
+
+    In float32, which is four times as fast here as the float64 of the columns.
+    """
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:
-        table = datasets.load_dataset(str(folder), split="train", cache_dir=cache).to_pandas()
+        table = datasets.load_dataset(str(subset), split="train", cache_dir=cache).to_pandas()
     downs = [column for column in table.columns if column.endswith(".lora.down.weight")]
     for _, row in table.iterrows():
         for down in downs:
-            a = torch.tensor(row[down]).reshape(rank, -1)
-            b = torch.tensor(row[down.replace(".lora.down.", ".lora.up.")]).reshape(-1, rank)
+            a = torch.tensor(row[down], dtype=torch.float32).reshape(rank, -1)
+            b = torch.tensor(row[down.replace(".lora.down.", ".lora.up.")], dtype=torch.float32).reshape(-1, rank)
             for matrix in (a, b, b @ a):
                 torch.svd_lowrank(matrix, q=rank)
+
+
+ALONE = {"read_table": read_table, "spectra": spectra, "plain_flow": plain_flow}
+
+
+def in_turns(names: list[str], subset: Path, rank: int, turns: int = TURNS) -> list[float]:
+    """The shortest time of each of ALONE in seconds, each time in a new process."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(turns):
+        for name in names:
+            command = [sys.executable, __file__, "--alone", name, str(subset), str(rank)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            times[name].append(float(done.stdout))
+    return [min(times[name]) for name in names]
+
+
+def peak_memory(subset: Path) -> float:
+    """The peak resident memory of the whole command, in GB."""
+    with tempfile.TemporaryDirectory() as cache:
+        arguments = ["--dataset", str(subset), "--cache_dir", cache, "--train_size", "1", "--experiments", "1"]
+        script = RUN_COMMAND.format(root=str(ROOT), arguments=arguments)
+        done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return int(done.stderr.rsplit("peak ", 1)[1]) / 1e6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The evaluation, on spectra in memory
 
 
 def random_spectra(models: int, rank: int, voters: int = 384, seed: int = 0) -> dsire.Spectra:
@@ -103,81 +148,95 @@ def neighbours(spectra: dsire.Spectra, protocol: dsire.Protocol) -> list[list[in
     return answers
 
 
-def peak_memory(folder: Path, cache: Path) -> float:
-    """The peak resident memory of the whole command in a process of its own, in GB."""
-    arguments = ["--dataset", str(folder), "--cache_dir", str(cache), "--train_size", "1", "--experiments", "1"]
-    script = PEAK.format(root=str(ROOT), arguments=arguments)
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    return int(done.stderr.rsplit("peak ", 1)[1]) / 1e6
-
-
-def row(what: str, value: str, goal: str) -> None:
-    print(f"| {what:62} | {value:>24} | {goal:>12} |", flush=True)
-
-
 def big_evaluation() -> None:
     """10,000 models by 384 voters, one experiment, in this process: printed are seconds and peak memory."""
     spectra = random_spectra(10_002, 32)
-    before = time.perf_counter()
-    dsire.evaluate(spectra, dsire.dsire, dsire.Protocol(experiments=1, train_size=500))
-    took = time.perf_counter() - before
-    print(f"{took:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    took = seconds(lambda: dsire.evaluate(spectra, dsire.dsire, dsire.Protocol(experiments=1, train_size=500)))
+    print(f"{took:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def row(what: str, value: str, goal: str) -> None:
+    print(f"| {what} | {value} | {goal} |", flush=True)
+
+
+def ratio_row(what: str, one: float, other: float, goal: str) -> None:
+    row(what, f"{one:.2f} s / {other:.2f} s = {one / other:.2f}", goal)
+
+
+def bench_spectra(folder: Path) -> None:
+    for rank, models in ((16, 24), (32, 12)):
+        subset = make(folder, rank, models, 2)
+        floor, ours = in_turns(["read_table", "spectra"], subset, rank)
+        ratio_row(f"shards to cached spectra / `read_table`, {models} models of rank {rank}", ours, floor, "≤ 1.2")
+    subset = make(folder, 16, 12, 1)
+    (ours,) = in_turns(["spectra"], subset, 16)
+    (plain,) = in_turns(["plain_flow"], subset, 16, turns=2)
+    ratio_row("`load_dataset`, pandas, `svd_lowrank` / ours, 12 models of rank 16", plain, ours, "≥ 8")
+    times = [in_turns(["spectra"], make(folder, 16, 12 * n, n), 16)[0] for n in (1, 2, 4)]
+    growth = ", ".join(f"{took:.2f} s" for took in times)
+    row(
+        "spectra of 12, 24, 48 models of rank 16",
+        f"{growth} = 1 : {times[1] / times[0]:.2f} : {times[2] / times[0]:.2f}",
+        "linear",
+    )
+    for models, count in ((24, 2), (96, 8)):
+        peak = peak_memory(make(folder, 16, models, count))
+        row(f"peak memory of the whole command, {count} shards of 300 MB", f"{peak:.2f} GB", "≤ 1.2 GB")
+
+
+def bench_evaluation() -> None:
+    spectra, protocol = random_spectra(300, 32), dsire.Protocol()
+    found = [run.prediction.sizes.tolist() for run in dsire.evaluate(spectra, dsire.dsire, protocol)]
+    ours = min(seconds(lambda: dsire.evaluate(spectra, dsire.dsire, protocol)) for _ in range(TURNS))
+    row("ten experiments, 300 models × 384 voters × rank 32", f"{ours:.2f} s", "≤ 1 s")
+    start = time.perf_counter()
+    expected = neighbours(spectra, protocol)
+    ratio_row("the same with a `KNeighborsClassifier` per voter / ours", time.perf_counter() - start, ours, "≥ 20")
+    equal = sum(x == y for one, other in zip(found, expected, strict=True) for x, y in zip(one, other, strict=True))
+    row("predictions equal to those", f"{equal} of {sum(map(len, expected))}", "all")
+    script = [sys.executable, __file__, "--big_evaluation"]
+    big = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    row("one experiment, 3,000 models against 7,002 × 384 voters × rank 32", big, "≤ 4 GB")
+
+
+def bench_start() -> None:
+    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with tempfile.TemporaryDirectory() as cache:
+        whole = [sys.executable, str(ROOT / "dsire.py"), "--cache_dir", cache]
+        only_torch = [sys.executable, "-c", "import torch"]
+        subprocess.run(whole, **quiet)
+        runs = [
+            [seconds(lambda c=command: subprocess.run(c, **quiet)) for command in (whole, only_torch)]
+            for _ in range(TURNS)
+        ]
+    one, other = (min(times) for times in zip(*runs, strict=True))
+    ratio_row("`python dsire.py` on cached spectra / `python -c 'import torch'`", one, other, "≤ 2")
 
 
 def bench(folder: Path) -> None:
-    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}", end="")
-    print("".join(f", {name} {version(name)}" for name in ("torch", "numpy", "pyarrow", "datasets", "scikit-learn")))
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {libraries}\n")
     row("measured", "value", "goal")
     row("---", "---", "---")
-    for rank, models in ((16, 24), (32, 12)):
-        shards = make(folder, rank, models, 2)
-        floor = best(lambda shards=shards: [pq.read_table(path) for path in shards])
-        ours = best(lambda shards=shards, rank=rank: spectra_to_cache(shards, rank))
-        row(
-            f"rank {rank}: shards to cached spectra / read_table",
-            f"{ours:.2f} s/{floor:.2f} s={ours / floor:.2f}",
-            "<= 1.2",
-        )
-        if rank == 16:
-            plain = best(lambda shards=shards: plain_flow(shards[0].parents[2], 16), times=1)
-            row("rank 16: plain pandas flow / ours", f"{plain:.1f} s/{ours:.2f} s={plain / ours:.1f}", ">= 8")
-    for models, count in ((24, 2), (96, 8)):
-        with tempfile.TemporaryDirectory() as cache:
-            peak = peak_memory(make(folder, 16, models, count)[0].parents[2], Path(cache))
-        row(f"peak memory, {count} shards of 300 MB", f"{peak:.2f} GB", "<= 1.2 GB")
-    spectra, protocol = random_spectra(300, 32), dsire.Protocol()
-    ours = best(lambda: dsire.evaluate(spectra, dsire.dsire, protocol))
-    row("ten experiments, 300 models x 384 voters x rank 32", f"{ours:.2f} s", "<= 1 s")
-    start = time.perf_counter()
-    expected = neighbours(spectra, protocol)
-    plain = time.perf_counter() - start
-    found = [run.prediction.sizes.tolist() for run in dsire.evaluate(spectra, dsire.dsire, protocol)]
-    row(
-        "the same with KNeighborsClassifier per voter / ours", f"{plain:.1f} s/{ours:.2f} s={plain / ours:.0f}", ">= 20"
-    )
-    row("predictions equal to scikit-learn's", str(found == expected), "True")
-    with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, str(ROOT / "dsire.py"), "--cache_dir", cache]
-        quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run(command, **quiet)
-        whole = best(lambda: subprocess.run(command, **quiet), times=5)
-        only_torch = best(lambda: subprocess.run([sys.executable, "-c", "import torch"], **quiet), times=5)
-    value = f"{whole:.2f} s/{only_torch:.2f} s={whole / only_torch:.2f}"
-    row("whole command on cached spectra / import torch", value, "<= 2")
-    times = [best(lambda c=count: spectra_to_cache(make(folder, 16, 12 * c, c), 16)) for count in (1, 2, 4)]
-    growth = " ".join(f"{value / times[0]:.2f}" for value in times)
-    row("spectra of 12, 24, 48 models, relative to 12", growth, "linear")
-    script = [sys.executable, __file__, "--big_evaluation"]
-    big = subprocess.run(script, check=True, capture_output=True, text=True).stdout.strip()
-    row("1-NN evaluation, 10,000 models x 384 voters x rank 32", big, "<= 4 GB")
+    bench_spectra(folder)
+    bench_evaluation()
+    bench_start()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the data is made and kept (default: a temporary folder)")
+    parser.add_argument("--alone", nargs=3, metavar=("WHAT", "SUBSET", "RANK"), help="print the seconds of one thing")
     parser.add_argument("--big_evaluation", action="store_true", help="only the evaluation of 10,000 models")
     arguments = parser.parse_args()
-    if arguments.big_evaluation:
+    if arguments.alone:
+        what, subset, rank = arguments.alone
+        print(seconds(lambda: ALONE[what](Path(subset), int(rank))))
+    elif arguments.big_evaluation:
         big_evaluation()
     elif arguments.folder:
         bench(arguments.folder)
