@@ -44,6 +44,7 @@ SHIPPED_SUBSET = "low_4"
 MATRICES = ("A", "B", "BA")
 CACHE_FORMAT = 1  # part of every cache key: spectra that were written in another form are computed anew
 BLOCK = 2**18  # distances held at once by the nearest-neighbour search: 2 MiB, which stay in the cache
+VOTERS_AT_ONCE = 16  # whose spectra the search centres at once
 
 # MAE, MAPE in % and accuracy in %, mean and standard deviation over ten experiments: the paper's Tables 2 to 5 and 9.
 PAPER: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
@@ -207,41 +208,86 @@ class Spectra:
 # The voters and the vote (Section 3.2)
 
 
-def nearest(train: Tensor, test: Tensor) -> Tensor:
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Columns are computed in parallel, so each may use one thread only: torch's and NumPy's would get in their way."""
+    from threadpoolctl import threadpool_limits
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """What the function gives for each item, computed on all cores, each call with one thread."""
+    with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [pool.submit(function, item) for item in items]
+        try:
+            return [run.result() for run in runs]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def nearest(train: Tensor, test: Tensor, choices: list[Tensor] | None = None) -> list[Tensor]:
     """For each voter and test model, the index of the nearest training model (Euclidean; the first one of equals).
 
     Args:
         train: [voters, training models, r].
         test: [voters, test models, r].
+        choices: the training models to choose from, several times over: int64 indices in rising order. By default all
+            of them, once. Distances are computed once for all choices.
 
     Returns:
-        int64 [voters, test models]. Memory beyond that is bounded by BLOCK distances and a few voters' spectra.
+        For each choice int64 [voters, test models]. Memory beyond that is bounded, for each core, by BLOCK distances
+        and the spectra of VOTERS_AT_ONCE voters.
     """
     voters, models, queries = len(train), train.shape[1], test.shape[1]
-    found = torch.empty(voters, queries, dtype=torch.int64)
+    choices = [torch.arange(models)] if choices is None else choices
+    columns = [choice.to(train.device) for choice in choices]
+    found = np.empty((len(choices), voters, queries), dtype=np.int64)
     rows = max(1, min(queries, BLOCK // models))
     group = max(1, BLOCK // (models * rows))
-    for voter in range(0, voters, group):
-        chosen = slice(voter, voter + group)
-        known, asked = centred(train[chosen], test[chosen])
+
+    def search(first: int) -> None:
+        last = min(first + VOTERS_AT_ONCE, voters)
+        known, asked = centred(train[first:last], test[first:last])
         squares = known.square().sum(-1)[:, None]
-        for query in range(0, queries, rows):
-            # |t - s|^2 less |t|^2, which is the same for every s
-            distances = torch.baddbmm(squares, asked[:, query : query + rows], known.mT, alpha=-2)
-            found[chosen, query : query + rows] = distances.argmin(-1).cpu()
-    return found
+        for voter in range(0, last - first, group):
+            some = slice(voter, voter + group)
+            for query in range(0, queries, rows):
+                # |t - s|^2 less |t|^2, which is the same for every s
+                distances = torch.baddbmm(squares[some], asked[some, query : query + rows], known[some].mT, alpha=-2)
+                place = slice(first + voter, min(first + voter + group, last)), slice(query, query + rows)
+                for nearest_ones, column in zip(found, columns, strict=True):
+                    nearest_ones[place] = least(distances, column)
+
+    in_parallel(search, range(0, voters, VOTERS_AT_ONCE))
+    return [choice[torch.from_numpy(nearest_ones)] for choice, nearest_ones in zip(choices, found, strict=True)]
+
+
+def least(distances: Tensor, columns: Tensor) -> Any:
+    """In each row the place in `columns` of the least distance, the first one of equals: a NumPy array of int64."""
+    whole = len(columns) == distances.shape[-1]
+    if distances.device.type == "cpu":  # NumPy needs a third of torch's time; "clip" spares it a look at each index
+        chosen = distances.numpy()
+        return (chosen if whole else chosen.take(columns.numpy(), axis=-1, mode="clip")).argmin(-1)
+    return (distances if whole else distances[..., columns]).argmin(-1).cpu().numpy()
 
 
 def centred(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both shifted and scaled alike, voter by voter: the same neighbours, but squares that neither cancel nor overflow.
 
-    Spectra are far from zero and near each other; the median is where most are, whatever a diverged one does.
+    Spectra are far from zero and near each other. The median of a few is where most are, whatever a diverged one does.
     """
-    middle = train.median(1, keepdim=True).values
+    middle = train[:, :: math.ceil(train.shape[1] / 9)].median(1, keepdim=True).values
     train, test = train - middle, test - middle
     scale = train.abs().amax((1, 2), keepdim=True)
-    scale = torch.where(scale > 0, scale, 1)
-    return train / scale, test / scale
+    factor = torch.where(scale > 1e-300, 1 / scale, 1)
+    return train.mul_(factor), test.mul_(factor)
 
 
 def majority(votes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,7 +327,7 @@ Predictor = Callable[[Spectra, Spectra], Prediction]
 
 def votes_of(train: Spectra, test: Spectra) -> Tensor:
     """The size that each voter names for each test model: its nearest training model's, int64 [voters, models]."""
-    return train.sizes[nearest(train.values, test.values)]
+    return train.sizes[nearest(train.values, test.values)[0]]
 
 
 def dsire(train: Spectra, test: Spectra) -> Prediction:
@@ -494,10 +540,28 @@ def metrics(sizes: Tensor, predicted: Tensor) -> tuple[float, float, float]:
 def evaluate(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list[Experiment]:
     """The paper's protocol: train on some micro-datasets, test on all others, several times over."""
     results = []
+    if predictor is dsire:  # experiments share most of their distances
+        for train, test, votes in votes_in_experiments(spectra, protocol):
+            prediction = Prediction(*majority(votes, spectra.sizes[train].unique()))
+            results.append(Experiment(test, prediction, *metrics(spectra.sizes[test], prediction.sizes)))
+        return results
     for train, test in splits(spectra.names, protocol):
         prediction = predictor(spectra.of_models(train), spectra.of_models(test))
         results.append(Experiment(test, prediction, *metrics(spectra.sizes[test], prediction.sizes)))
     return results
+
+
+def votes_in_experiments(spectra: Spectra, protocol: Protocol) -> Iterator[tuple[list[int], list[int], Tensor]]:
+    """Training models, test models and `votes_of` them, for each experiment; ten at a time share their distances."""
+    runs = list(splits(spectra.names, protocol))
+    for start in range(0, len(runs), 10):
+        some = runs[start : start + 10]
+        known, asked = (sorted({model for run in some for model in run[side]}) for side in (0, 1))
+        columns, rows = ({model: place for place, model in enumerate(models)} for models in (known, asked))
+        choices = [torch.tensor([columns[model] for model in train]) for train, _ in some]
+        found = nearest(spectra.values[:, known], spectra.values[:, asked], choices)
+        for (train, test), nearest_ones in zip(some, found, strict=True):
+            yield train, test, spectra.sizes[known][nearest_ones[:, [rows[model] for model in test]]]
 
 
 def compare(spectra: Spectra, protocol: Protocol) -> dict[str, list[Experiment]]:
@@ -555,10 +619,9 @@ def unseen_sizes(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> 
 
 def by_layer(spectra: Spectra, protocol: Protocol) -> Tensor:
     """The accuracy of each layer's voters, one by one, in %, mean over the experiments: float64 [voters]."""
-    hits = []
-    for train, test in splits(spectra.names, protocol):
-        votes = votes_of(spectra.of_models(train), spectra.of_models(test))
-        hits.append((votes == spectra.sizes[test]).double().mean(1))
+    hits = [
+        (votes == spectra.sizes[test]).double().mean(1) for _, test, votes in votes_in_experiments(spectra, protocol)
+    ]
     return 100 * torch.stack(hits).mean(0)
 
 
@@ -687,7 +750,7 @@ def models_alike(share: float, shares: Tensor, hits: Tensor) -> list[float]:
 
 def nearest_distances(train: Spectra, test: Spectra) -> Tensor:
     """How far each test model is from its nearest training model, for each voter: [voters, test models]."""
-    index = nearest(train.values, test.values)[..., None].expand(-1, -1, test.values.shape[-1])
+    index = nearest(train.values, test.values)[0][..., None].expand(-1, -1, test.values.shape[-1])
     return (test.values - train.values.gather(1, index.to(train.values.device))).square().sum(-1).sqrt().cpu()
 
 
@@ -971,12 +1034,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             columns = file.schema_arrow.names
             sizes, names = model_labels(file.read([name for name in ("label", "name") if name in columns]), path.name)
             layers, others = lora_layers(columns, path.name)
-            with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
-                runs = [pool.submit(pair_spectra, pair) for pair in layers.values()]
-                try:
-                    spectra = {layer: run.result() for layer, run in zip(layers, runs, strict=True)}
-                finally:
-                    pool.shutdown(cancel_futures=True)
+            spectra = dict(zip(layers, in_parallel(pair_spectra, layers.values()), strict=True))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DsireError(
             f"{path} is not a whole parquet file ({first_line(error)}): delete it and fetch it anew"
@@ -992,20 +1050,6 @@ def voters_of(layers: dict[str, dict[str, str]]) -> list[Voter]:
     """The voters in the order in which a tie is broken: A and B as the keys stand, then the products."""
     singles = [Voter(layer, matrix) for layer, pair in layers.items() for matrix in pair if matrix in MATRICES]
     return singles + [Voter(layer, "BA") for layer in layers]
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Columns are computed in parallel, so each may use one thread only: torch's and NumPy's would get in their way."""
-    from threadpoolctl import threadpool_limits
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def first_line(error: BaseException) -> str:

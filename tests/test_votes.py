@@ -41,9 +41,7 @@ def test_every_vote_and_prediction_on_the_shipped_subset(
     for result, reference in zip(results, expected, strict=True):
         train, test = shipped.of_models(reference.train), shipped.of_models(reference.test)
         assert result.test == reference.test
-        assert torch.equal(
-            train.sizes[dsire.nearest(train.values, test.values)], torch.from_numpy(reference.votes.copy())
-        )
+        assert torch.equal(dsire.votes_of(train, test), torch.from_numpy(reference.votes.copy()))
         assert result.prediction.sizes.tolist() == reference.predicted
         assert result.prediction.shares.max(-1).values.tolist() == pytest.approx(reference.shares)
 
@@ -54,9 +52,39 @@ def test_a_small_block_gives_the_same(
 ) -> None:
     reference = shipped_by_the_book[1][0]
     train, test = shipped.of_models(reference.train[:20]).values[:9], shipped.of_models(reference.test[:11]).values[:9]
-    whole = dsire.nearest(train, test)
+    whole = dsire.nearest(train, test)[0]
     monkeypatch.setattr(dsire, "BLOCK", block)
-    assert torch.equal(dsire.nearest(train, test), whole)
+    monkeypatch.setattr(dsire, "VOTERS_AT_ONCE", 4)
+    assert torch.equal(dsire.nearest(train, test)[0], whole)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 30), st.integers(1, 20), st.integers(1, 4))
+def test_each_choice_of_training_models_is_searched_alone(
+    seed: int, voters: int, models: int, queries: int, choices: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    train, test = (torch.from_numpy(draw.normal(size=(voters, many, 3))) for many in (models, queries))
+    chosen = [
+        torch.from_numpy(np.sort(draw.choice(models, draw.integers(1, models + 1), replace=False)))
+        for _ in range(choices)
+    ]
+    together = dsire.nearest(train, test, chosen)
+    assert len(together) == choices
+    for choice, found in zip(chosen, together, strict=True):
+        distances = torch.cdist(test, train[:, choice], compute_mode="donot_use_mm_for_euclid_dist")
+        assert torch.equal(found, choice[distances.argmin(-1)])
+
+
+def test_experiments_that_share_distances_have_the_votes_of_each_alone(shipped: dsire.Spectra) -> None:
+    """More experiments than share their distances, of micro-datasets that lack models."""
+    spectra = shipped.of_models([model for model in range(len(shipped.names)) if model % 7]).of_voters(
+        shipped.voters[:5]
+    )
+    protocol = dsire.Protocol(experiments=23, train_size=3, seed=1)
+    runs = list(dsire.votes_in_experiments(spectra, protocol))
+    assert [(train, test) for train, test, _ in runs] == list(dsire.splits(spectra.names, protocol))
+    for train, test, votes in runs:
+        assert torch.equal(votes, dsire.votes_of(spectra.of_models(train), spectra.of_models(test)))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 30), st.integers(1, 20), st.integers(1, 8))
@@ -64,7 +92,7 @@ def test_nearest_is_that_of_scikit_learn(seed: int, voters: int, models: int, qu
     draw = np.random.default_rng(seed)
     offset, scale = 10.0 ** draw.integers(-3, 4), 10.0 ** draw.integers(-3, 4)
     train, test = (offset + scale * draw.normal(size=(voters, many, rank)) for many in (models, queries))
-    found = dsire.nearest(torch.from_numpy(train), torch.from_numpy(test))
+    found = dsire.nearest(torch.from_numpy(train), torch.from_numpy(test))[0]
     for voter in range(voters):
         expected = NearestNeighbors(n_neighbors=1).fit(train[voter]).kneighbors(test[voter], return_distance=False)
         assert found[voter].tolist() == expected[:, 0].tolist()
@@ -73,7 +101,7 @@ def test_nearest_is_that_of_scikit_learn(seed: int, voters: int, models: int, qu
 def test_the_first_of_equally_near_models_is_taken() -> None:
     train = torch.tensor([[[5.0, 1], [2, 1], [2, 1], [4, 1]], [[0, 0], [0, 0], [0, 0], [0, 0]]]).double()
     test = torch.tensor([[[2.0, 1], [3, 1]], [[0, 0], [1, 1]]]).double()
-    assert dsire.nearest(train, test).tolist() == [[1, 1], [0, 0]]
+    assert dsire.nearest(train, test)[0].tolist() == [[1, 1], [0, 0]]
 
 
 def test_a_diverged_model_does_not_blur_the_others() -> None:
@@ -82,7 +110,7 @@ def test_a_diverged_model_does_not_blur_the_others() -> None:
     train, test = (1 + 0.01 * draw.normal(size=(many, 4)) for many in (90, 50))
     train[0] = 1e8
     expected = NearestNeighbors(n_neighbors=1).fit(train).kneighbors(test, return_distance=False)
-    found = dsire.nearest(torch.from_numpy(train)[None], torch.from_numpy(test)[None])
+    found = dsire.nearest(torch.from_numpy(train)[None], torch.from_numpy(test)[None])[0]
     assert found[0].tolist() == expected[:, 0].tolist()
 
 
