@@ -111,7 +111,7 @@ def lora_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # rounding is about 1e-16 of |G|, of |H| and of |G| |H|: the least and the largest have to stand far above that
     of_g, of_h, _ = squares[..., 0]
     scale = torch.stack([of_g, of_h, of_g * of_h])
-    apart = (squares[..., -1] > 0) & (squares[..., 0] * squares[..., -1] > 1e-6 * scale.square())
+    apart = (squares[..., -1] > 0) & (squares[..., 0] * squares[..., -1] > 1e-8 * scale.square())
     exact = (failed == 0) & (apart & (scale > 1e-100)).all(0)
     spectra = squares.clamp_min(0).sqrt()
     if not exact.all():

@@ -191,11 +191,13 @@ def bench_spectra(folder: Path) -> None:
 def bench_evaluation() -> None:
     spectra, protocol = random_spectra(300, 32), dsire.Protocol()
     found = [run.prediction.sizes.tolist() for run in dsire.evaluate(spectra, dsire.dsire, protocol)]
-    ours = min(seconds(lambda: dsire.evaluate(spectra, dsire.dsire, protocol)) for _ in range(TURNS))
-    row("ten experiments, 300 models × 384 voters × rank 32", f"{ours:.2f} s", "≤ 1 s")
-    start = time.perf_counter()
     expected = neighbours(spectra, protocol)
-    ratio_row("the same with a `KNeighborsClassifier` per voter / ours", time.perf_counter() - start, ours, "≥ 20")
+    ours, plain = [], []
+    for _ in range(TURNS):
+        ours.append(seconds(lambda: dsire.evaluate(spectra, dsire.dsire, protocol)))
+        plain.append(seconds(lambda: neighbours(spectra, protocol)))
+    row("ten experiments, 300 models × 384 voters × rank 32", f"{min(ours):.2f} s", "≤ 1 s")
+    ratio_row("the same with a `KNeighborsClassifier` per voter / ours", min(plain), min(ours), "≥ 20")
     equal = sum(x == y for one, other in zip(found, expected, strict=True) for x, y in zip(one, other, strict=True))
     row("predictions equal to those", f"{equal} of {sum(map(len, expected))}", "all")
     script = [sys.executable, __file__, "--big_evaluation"]

@@ -53,6 +53,34 @@ def test_are_those_of_the_full_matrices(data: Any, rank: int, inputs: int, outpu
         assert_spectra_of(data.draw(matrices(rank, inputs, models)), data.draw(matrices(outputs, rank, models)))
 
 
+@pytest.mark.parametrize("of_a", [0, 1, 2, 3.9, 4.1])
+@pytest.mark.parametrize("of_b", [0, 1, 2, 3.9, 4.1])
+def test_the_least_of_far_apart_singular_values_is_as_right_as_the_largest(of_a: float, of_b: float) -> None:
+    """Squared, the least of them is lost in the rounding of the largest: within a float32's precision of itself."""
+    random = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(3, side, 16, generator=random, dtype=torch.float64)).Q for side in (90, 70)
+    )
+    turn = torch.linalg.qr(torch.randn(3, 16, 16, generator=random, dtype=torch.float64)).Q
+    a = turn @ (left * torch.logspace(0, -of_a, 16, dtype=torch.float64)).mT
+    b = right * torch.logspace(0, -of_b, 16, dtype=torch.float64)
+    for found, matrix in zip(dsire.lora_spectra(a, b), (a, b, b @ a), strict=True):
+        torch.testing.assert_close(found, torch.linalg.svdvals(matrix)[..., :16], rtol=1e-7, atol=0)
+
+
+def test_one_awkward_model_leaves_its_batch_as_it_was() -> None:
+    """Models of one batch are judged one by one: an untrained one, one of less rank, and a tiny one among others."""
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(6, *shape, generator=random, dtype=torch.float64) for shape in ((4, 30), (20, 4)))
+    b[1] = 0
+    a[2, 3] = a[2, 0]
+    a[4], b[4] = a[4] * 1e-120, b[4] * 1e-120
+    together = torch.stack(dsire.lora_spectra(a, b))
+    alone = [torch.stack(dsire.lora_spectra(a[[model]], b[[model]])) for model in range(6)]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-12, atol=1e-15)
+    assert_spectra_of(a, b)
+
+
 @pytest.mark.parametrize("rank", range(1, 65))
 def test_every_rank(rank: int) -> None:
     random = torch.Generator().manual_seed(rank)
