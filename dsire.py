@@ -1,38 +1,48 @@
 #!/usr/bin/env python3
 """DSiRe: how many images was a LoRA trained on? Dataset size recovery from LoRA weights (arXiv:2406.19395).
 
-    python dsire.py                                 # the subset that ships with the script, offline
-    python dsire.py --subset=low_32 --rank=32       # a subset of LoRA-WiSE, from the Hugging Face Hub
+    python dsire.py                                     # the subset that ships with the script, offline
+    python dsire.py --subset=low_32 --rank=32           # a subset of LoRA-WiSE, from the Hugging Face Hub
+    python dsire.py --subset=low_32 --predict my_lora.safetensors
+    python dsire.py --dataset=my_labelled_loras --predict folder/ user/name --output=results
 
-The script reads from top to bottom as the paper does: a LoRA layer and its spectra, the voters, the vote, the
-protocol, where the weights come from, the report, the command line.
+The script reads from top to bottom as the paper does: a LoRA layer and its spectra, the voters and the vote, a
+regression beyond the paper, the protocol, how sure an estimate is. Then come the weights: the names of LoRA matrices,
+parquet, LoRA files, where they come from and the cache of spectra. Last: the report, pictures, the command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import gc
 import hashlib
 import io
 import json
 import math
 import os
-import queue
 import random
 import re
+import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() runs, Ctrl-C ends the imports without a traceback
 
 import numpy as np
 import torch
@@ -41,10 +51,11 @@ from torch import Tensor
 LORA_WISE = "MoSalama98/LoRA-WiSE"
 SHIPPED = Path(__file__).resolve().parent / "tests" / "tiny_wise"
 SHIPPED_SUBSET = "low_4"
+CACHE = Path(".cache/lora_wise")
 MATRICES = ("A", "B", "BA")
-CACHE_FORMAT = 1  # part of every cache key: spectra that were written in another form are computed anew
-BLOCK = 2**18  # distances held at once by the nearest-neighbour search: 2 MiB, which stay in the cache
-VOTERS_AT_ONCE = 16  # whose spectra the search centres at once
+CACHE_FORMAT = 2  # part of every cache key: spectra that were written in another form are computed anew
+DISTANCES_AT_ONCE = 2**20  # of one voter, by the nearest-neighbour search: 8 MiB for each core
+BYTES_AT_ONCE = 2**27  # of decoded columns, over all cores
 
 # MAE, MAPE in % and accuracy in %, mean and standard deviation over ten experiments: the paper's Tables 2 to 5 and 9.
 PAPER: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
@@ -76,9 +87,65 @@ PAPER: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
     },
 }
 
+T = TypeVar("T")
+
 
 class DsireError(Exception):
     """Something the user can mend; the message is one line that says what to do."""
+
+
+def shown(what: object) -> str:
+    """A name out of a file or a library's error, fit for a message: one printable line of at most 160 characters."""
+    text = str(what).strip() or type(what).__name__
+    if isinstance(what, BaseException):
+        text = text.splitlines()[0].rstrip(" .")
+    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return clean if len(clean) <= 160 else f"{clean[:120]}... ({len(clean):,} characters)"
+
+
+def cores() -> int:
+    """The cores that this process may use: under torchrun its part of the machine's."""
+    import joblib
+
+    return max(1, int(joblib.cpu_count()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """For many small matrices: a second thread of torch's or NumPy's costs each of them more than it brings."""
+    from threadpoolctl import threadpool_limits
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_parallel(
+    function: Callable[[Any], T], items: Sequence[Any], at_once: int | None = None, unit: str = ""
+) -> list[T]:
+    """What the function gives for each item, computed on all cores, each call with one thread.
+
+    Args:
+        at_once: how many calls run at the same time, if fewer than there are cores.
+        unit: what an item is called by a progress bar; without it there is none.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; with a unit its message says how far the work came.
+    """
+    from tqdm import tqdm
+
+    with one_thread_each(), ThreadPoolExecutor(min(at_once or cores(), cores())) as pool:
+        progress = tqdm(pool.map(function, items), total=len(items), unit=unit, disable=None if unit else True)
+        found: list[T] = []
+        try:
+            found.extend(progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{progress.n} of {len(items)} {unit}s are done" if unit else "") from None
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,11 +175,11 @@ def lora_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not grams.diagonal(dim1=-2, dim2=-1).sum().isfinite():
         return qr_spectra(a, b)
     squares = torch.linalg.eigvalsh(grams).flip(-1)
-    # rounding is about 1e-16 of |G|, of |H| and of |G| |H|: the least and the largest have to stand far above that
+    # Rounding is about 1e-16 of |G|, of |H| and of |G| |H|. A least square of 1e-7 times that has nine digits, and so
+    # have all that are larger; below 1e-280 a square has lost digits whatever it stands next to.
     of_g, of_h, _ = squares[..., 0]
-    scale = torch.stack([of_g, of_h, of_g * of_h])
-    apart = (squares[..., -1] > 0) & (squares[..., 0] * squares[..., -1] > 1e-8 * scale.square())
-    exact = (failed == 0) & (apart & (scale > 1e-100)).all(0)
+    rounding = torch.stack([of_g, of_h, of_g * of_h])
+    exact = (failed == 0) & (squares[..., -1] > (1e-7 * rounding).clamp_min(1e-280)).all(0)
     spectra = squares.clamp_min(0).sqrt()
     if not exact.all():
         spectra[:, ~exact] = torch.stack(qr_spectra(a[~exact], b[~exact]))
@@ -139,9 +206,13 @@ def qr_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     core = s @ r.mT
     if not (r.isfinite().all() and core.isfinite().all()):  # LAPACK's SVD may not return from a NaN
         raise FloatingPointError("weights that are not finite")
-    spectra = (torch.linalg.svdvals(matrix) for matrix in (r, s, core))
-    padded = [torch.nn.functional.pad(values, (0, rank - values.shape[-1])) for values in spectra]
-    return padded[0], padded[1], padded[2]
+    spectra = [of_rank(torch.linalg.svdvals(matrix), rank) for matrix in (r, s, core)]
+    return spectra[0], spectra[1], spectra[2]
+
+
+def of_rank(values: Tensor, rank: int) -> Tensor:
+    """Spectra [..., any number] cut, or filled with zeros, to [..., rank]."""
+    return torch.nn.functional.pad(values, (0, rank - values.shape[-1]))
 
 
 def batch_spectra(a: Tensor, b: Tensor, device: str) -> Tensor:
@@ -173,7 +244,7 @@ class Spectra:
     Attributes:
         values: [voters, models, r], float64; a layer of a lower rank than r has zeros at its end.
         sizes: n, the number of training images, of each model: int64 [models]; 0 if it is not known.
-        names: the micro-dataset of each model, strings or integers.
+        names: what the micro-dataset of each model is called (LoRA-WiSE's column `name`): strings or integers.
         voters: what each row of `values` is.
         shapes: layer -> [out, in, rank].
         notes: what was left out or is unusual, to be said in the report.
@@ -186,10 +257,22 @@ class Spectra:
     shapes: dict[str, list[int]]
     notes: list[str] = field(default_factory=list)
 
-    def of_models(self, models: list[int]) -> Spectra:
-        return replace(
-            self, values=self.values[:, models], sizes=self.sizes[models], names=[self.names[model] for model in models]
-        )
+    @cached_property
+    def micro_datasets(self) -> Tensor:
+        """The micro-dataset of each model as a number, 0, 1, ... in the order of the names: int64 [models]."""
+        number = {name: index for index, name in enumerate(sorted(set(self.names)))}
+        return torch.tensor([number[name] for name in self.names], dtype=torch.int64)
+
+    @property
+    def count(self) -> int:
+        """How many micro-datasets there are."""
+        return len(set(self.names))
+
+    def of_models(self, models: Tensor) -> Spectra:
+        """The models with these numbers, int64, or of this mask, bool [models]."""
+        models = models.nonzero().flatten() if models.dtype == torch.bool else models
+        names = [self.names[model] for model in models.tolist()]
+        return replace(self, values=self.values[:, models], sizes=self.sizes[models], names=names)
 
     def of_matrices(self, matrices: Iterable[str]) -> Spectra:
         return self.of_voters([voter for voter in self.voters if voter.matrix in matrices])
@@ -200,111 +283,16 @@ class Spectra:
         rows = {voter: row for row, voter in enumerate(self.voters)}
         return replace(self, values=self.values[[rows[voter] for voter in voters]], voters=voters)
 
-    def micro_datasets(self) -> list[Any]:
-        return sorted(set(self.names))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The voters and the vote (Section 3.2)
 
 
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Columns are computed in parallel, so each may use one thread only: torch's and NumPy's would get in their way."""
-    from threadpoolctl import threadpool_limits
+class Split(NamedTuple):
+    """Which models of some Spectra train a predictor, and of which it is asked: their numbers, rising, int64."""
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """What the function gives for each item, computed on all cores, each call with one thread."""
-    with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = [pool.submit(function, item) for item in items]
-        try:
-            return [run.result() for run in runs]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def nearest(train: Tensor, test: Tensor, choices: list[Tensor] | None = None) -> list[Tensor]:
-    """For each voter and test model, the index of the nearest training model (Euclidean; the first one of equals).
-
-    Args:
-        train: [voters, training models, r].
-        test: [voters, test models, r].
-        choices: the training models to choose from, several times over: int64 indices in rising order. By default all
-            of them, once. Distances are computed once for all choices.
-
-    Returns:
-        For each choice int64 [voters, test models]. Memory beyond that is bounded, for each core, by BLOCK distances
-        and the spectra of VOTERS_AT_ONCE voters.
-    """
-    voters, models, queries = len(train), train.shape[1], test.shape[1]
-    choices = [torch.arange(models)] if choices is None else choices
-    columns = [choice.to(train.device) for choice in choices]
-    found = np.empty((len(choices), voters, queries), dtype=np.int64)
-    rows = max(1, min(queries, BLOCK // models))
-    group = max(1, BLOCK // (models * rows))
-
-    def search(first: int) -> None:
-        last = min(first + VOTERS_AT_ONCE, voters)
-        known, asked = centred(train[first:last], test[first:last])
-        squares = known.square().sum(-1)[:, None]
-        for voter in range(0, last - first, group):
-            some = slice(voter, voter + group)
-            for query in range(0, queries, rows):
-                # |t - s|^2 less |t|^2, which is the same for every s
-                distances = torch.baddbmm(squares[some], asked[some, query : query + rows], known[some].mT, alpha=-2)
-                place = slice(first + voter, min(first + voter + group, last)), slice(query, query + rows)
-                for nearest_ones, column in zip(found, columns, strict=True):
-                    nearest_ones[place] = least(distances, column)
-
-    in_parallel(search, range(0, voters, VOTERS_AT_ONCE))
-    return [choice[torch.from_numpy(nearest_ones)] for choice, nearest_ones in zip(choices, found, strict=True)]
-
-
-def least(distances: Tensor, columns: Tensor) -> Any:
-    """In each row the place in `columns` of the least distance, the first one of equals: a NumPy array of int64."""
-    whole = len(columns) == distances.shape[-1]
-    if distances.device.type == "cpu":  # NumPy needs a third of torch's time; "clip" spares it a look at each index
-        chosen = distances.numpy()
-        return (chosen if whole else chosen.take(columns.numpy(), axis=-1, mode="clip")).argmin(-1)
-    return (distances if whole else distances[..., columns]).argmin(-1).cpu().numpy()
-
-
-def centred(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both shifted and scaled alike, voter by voter: the same neighbours, but squares that neither cancel nor overflow.
-
-    Spectra are far from zero and near each other. The median of a few is where most are, whatever a diverged one does.
-    """
-    middle = train[:, :: math.ceil(train.shape[1] / 9)].median(1, keepdim=True).values
-    train, test = train - middle, test - middle
-    scale = train.abs().amax((1, 2), keepdim=True)
-    factor = torch.where(scale > 1e-300, 1 / scale, 1)
-    return train.mul_(factor), test.mul_(factor)
-
-
-def majority(votes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The size with most votes; among equals the one that was voted first in the order of the voters.
-
-    Args:
-        votes: the size that each voter names for each model: int64 [voters, models].
-        sizes: the sizes that can be voted for: int64 [sizes].
-
-    Returns:
-        The winners, int64 [models], the sizes, and the share of the votes that each got, float64 [models, sizes].
-    """
-    ballots = votes[:, :, None] == sizes  # [voters, models, sizes]
-    counts = ballots.sum(0)
-    first = ballots.to(torch.uint8).argmax(0)  # the first voter for a size
-    first = first.masked_fill(counts < counts.max(-1, keepdim=True).values, len(votes))
-    return sizes[first.argmin(-1)], sizes, counts.double() / len(votes)
+    train: Tensor
+    test: Tensor
 
 
 @dataclass(frozen=True)
@@ -315,46 +303,116 @@ class Prediction:
         sizes: its answers, int64 [models].
         candidates: the sizes that it was trained on, in rising order: int64 [sizes].
         shares: the share of the votes that each of them got, float64 [models, sizes].
+        answers: what a regression answers before it is moved to a candidate, in images: float64 [models].
     """
 
     sizes: Tensor
     candidates: Tensor
     shares: Tensor
+    answers: Tensor | None = None
 
 
-Predictor = Callable[[Spectra, Spectra], Prediction]
+Predictor = Callable[[Spectra, list[Split]], list[Prediction]]
 
 
-def votes_of(train: Spectra, test: Spectra) -> Tensor:
-    """The size that each voter names for each test model: its nearest training model's, int64 [voters, models]."""
-    return train.sizes[nearest(train.values, test.values)[0]]
+def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
+    """For each split, voter and test model, the nearest training model (Euclidean; the first one of equals).
+
+    Distances are exact, each computed by itself and once for all splits: models with equal spectra are equally far.
+
+    Args:
+        values: [voters, models, r], float64.
+        splits: what to train on and what to ask, all within `values`.
+
+    Returns:
+        For each split the numbers of models, int64 [voters, test models].
+    """
+    trained = torch.cat([split.train for split in splits]).unique()
+    asked = torch.cat([split.test for split in splits]).unique()
+    train = [torch.searchsorted(trained, split.train).numpy() for split in splits]
+    test = [torch.searchsorted(asked, split.test).numpy() for split in splits]
+    found = [np.empty((len(values), len(split.test)), dtype=np.int64) for split in splits]
+    block = max(1, DISTANCES_AT_ONCE // len(trained))
+
+    def search(voter: int) -> None:
+        known = values[voter, trained]
+        for start in range(0, len(asked), block):
+            squares = squared_distances(known, values[voter, asked[start : start + block]])
+            for nearest_ones, rows, columns in zip(found, train, test, strict=True):
+                first, last = np.searchsorted(columns, (start, start + block))
+                here = squares.take(columns[first:last] - start, axis=1).take(rows, axis=0)
+                nearest_ones[voter, first:last] = rows[here.argmin(0)]
+
+    in_parallel(search, range(len(values)))
+    return [trained[torch.from_numpy(nearest_ones)] for nearest_ones in found]
 
 
-def dsire(train: Spectra, test: Spectra) -> Prediction:
-    """The paper's predictor: one 1-NN per voter, fitted on `train`, and the majority of their votes on `test`."""
-    return Prediction(*majority(votes_of(train, test), train.sizes.unique()))
+def squared_distances(x: Tensor, y: Tensor) -> Any:
+    """|x_i - y_j|² of rows x [n, r] and y [m, r], or what orders them alike: a NumPy array [n, m]."""
+    from scipy.spatial.distance import cdist  # comes with scikit-learn
+
+    if x.device.type == "cpu":
+        return cdist(x.numpy(), y.numpy(), "sqeuclidean")
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
 
 
-def dsire_average(train: Spectra, test: Spectra) -> Prediction:
-    """The same voters, but the training size nearest to the mean of those they name (Table 5, average vote)."""
-    votes = votes_of(train, test)
-    _, candidates, shares = majority(votes, train.sizes.unique())
-    return Prediction(nearest_size(votes.double().mean(0), candidates), candidates, shares)
+class Votes(NamedTuple):
+    """What voters say: the size that each names for each model, int64 [voters, models], of these sizes, rising."""
+
+    named: Tensor
+    candidates: Tensor
 
 
-def frobenius(train: Spectra, test: Spectra) -> Prediction:
+def votes_of(spectra: Spectra, splits: list[Split]) -> list[Votes]:
+    """The vote in each split: a voter names the size of its nearest training model."""
+    found = nearest(spectra.values, splits)
+    return [
+        Votes(spectra.sizes[models], spectra.sizes[split.train].unique())
+        for models, split in zip(found, splits, strict=True)
+    ]
+
+
+def majority(votes: Votes) -> Prediction:
+    """The size with most votes; among equals the one that was voted first in the order of the voters."""
+    named, candidates = votes
+    ballots = named[:, :, None] == candidates  # [voters, models, sizes]
+    counts = ballots.sum(0)
+    first = ballots.to(torch.uint8).argmax(0)  # the first voter for a size
+    first = first.masked_fill(counts < counts.max(-1, keepdim=True).values, len(named))
+    return Prediction(candidates[first.argmin(-1)], candidates, counts.double() / len(named))
+
+
+def average(votes: Votes) -> Prediction:
+    """The training size nearest to the mean of those that the voters name (Table 5, average vote)."""
+    return replace(majority(votes), sizes=nearest_size(votes.named.double().mean(0), votes.candidates))
+
+
+def nearest_size(answers: Tensor, candidates: Tensor) -> Tensor:
+    """The candidate nearest to each answer, the smaller one of two: int64, of the answers' shape."""
+    return torch.take(candidates, (answers[..., None] - candidates).abs().argmin(-1))
+
+
+def dsire(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
+    """The paper's predictor: one 1-NN per voter, fitted on the training models, and the majority of their votes."""
+    return [majority(votes) for votes in votes_of(spectra, splits)]
+
+
+def dsire_average(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
+    """The same voters, but the average of what they name."""
+    return [average(votes) for votes in votes_of(spectra, splits)]
+
+
+def frobenius(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """The paper's baseline Frobenius-NN (Table 2): 1-NN on each matrix's Frobenius norm, that of its spectrum."""
-    train, test = (replace(side, values=side.values.square().sum(-1, keepdim=True).sqrt()) for side in (train, test))
-    return dsire(train, test)
+    return dsire(replace(spectra, values=torch.linalg.vector_norm(spectra.values, dim=-1, keepdim=True)), splits)
 
 
-def whole_model(train: Spectra, test: Spectra) -> Prediction:
+def whole_model(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """A single 1-NN on all the spectra of a model, concatenated (Table 5, NN-full)."""
-    train, test = (replace(side, values=side.values.transpose(0, 1).flatten(1)[None]) for side in (train, test))
-    return dsire(train, test)
+    return dsire(replace(spectra, values=spectra.values.transpose(0, 1).flatten(1)[None]), splits)
 
 
-def ridge(train: Spectra, test: Spectra) -> Prediction:
+def ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """Per voter a ridge regression from the spectrum to n, rounded to the nearest training size; majority (Table 5).
 
     The paper doesn't give its regularisation. Singular values of A, B and BA differ by orders of magnitude, so they are
@@ -364,11 +422,10 @@ def ridge(train: Spectra, test: Spectra) -> Prediction:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    votes = fitted_votes(lambda: make_pipeline(StandardScaler(), Ridge()), train, test)
-    return Prediction(*majority(votes, train.sizes.unique()))
+    return fitted_voters(lambda: make_pipeline(StandardScaler(), Ridge()), spectra, splits)
 
 
-def gda(train: Spectra, test: Spectra) -> Prediction:
+def gda(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """Per voter a Gaussian discriminant analysis of the spectrum; majority (Table 5).
 
     Fifteen models of a size can't tell a covariance of its own for up to 32 singular values, so all sizes share one,
@@ -377,82 +434,118 @@ def gda(train: Spectra, test: Spectra) -> Prediction:
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    votes = fitted_votes(LinearDiscriminantAnalysis, train, test)
-    return Prediction(*majority(votes, train.sizes.unique()))
+    return fitted_voters(LinearDiscriminantAnalysis, spectra, splits)
 
 
-def fitted_votes(new_estimator: Callable[[], Any], train: Spectra, test: Spectra) -> Tensor:
-    """The training size nearest to what one scikit-learn estimator per voter answers: int64 [voters, models].
+def fitted_voters(new_estimator: Callable[[], Any], spectra: Spectra, splits: list[Split]) -> list[Prediction]:
+    """The majority of the training sizes nearest to what one scikit-learn estimator per voter answers.
 
     Raises:
         DsireError: there are too few training models for the estimator.
     """
-    known, asked, sizes = train.values.cpu().numpy(), test.values.cpu().numpy(), train.sizes.numpy()
+    x, sizes = spectra.values.cpu().numpy(), spectra.sizes
+
+    def vote(split: Split) -> Prediction:
+        train, test, known = split.train.numpy(), split.test.numpy(), sizes[split.train]
+        answers = [new_estimator().fit(its[train], known.numpy()).predict(its[test]) for its in x]
+        candidates = known.unique()
+        return majority(Votes(nearest_size(torch.tensor(np.stack(answers)), candidates), candidates))
+
     try:
-        answers = [new_estimator().fit(x, sizes).predict(y) for x, y in zip(known, asked, strict=True)]
+        with one_thread_each():
+            return [vote(split) for split in splits]
     except ValueError as error:
-        raise DsireError(f"ridge or gda needs a larger --train_size: {first_line(error)}") from error
-    return nearest_size(torch.tensor(np.stack(answers)), train.sizes.unique())
+        raise DsireError(f"ridge or gda needs a larger --train_size: {shown(error)}") from error
 
 
-def nearest_size(answers: Tensor, candidates: Tensor) -> Tensor:
-    """The candidate nearest to each answer, the smaller one of two: int64, of the answers' shape."""
-    return torch.take(candidates, (answers[..., None] - candidates).abs().argmin(-1))
+# ---------------------------------------------------------------------------------------------------------------------
+# Beyond the paper: one regression from all log spectra to log n
+
+PENALTIES = tuple(10 ** (power / 2) for power in range(-8, 5))  # to choose from
 
 
-PENALTIES = tuple(10 ** (power / 2) for power in range(-8, 5))  # of log_ridge, to choose from
-
-
-def log_ridge(train: Spectra, test: Spectra) -> Prediction:
-    """Beyond the paper: one ridge regression from all log spectra to log n; answers the training size nearest in log.
+def log_ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
+    """One ridge regression from all log spectra to log n; answers the training size nearest in log.
 
     Singular values shrink roughly as a power of n, so their logarithms are near linear in log n, in every voter; and a
     regression knows what a classifier does not, that 4 lies between 3 and 5. The penalty is the one that predicts best
     when the training micro-datasets are left out in turn: nothing is chosen on test models. The shares are those of a
     normal distribution about the answer, as wide as the errors on what was left out.
     """
-    prediction, _ = log_ridge_and_answers(train, test)
-    return prediction
+    found = []
+    with one_thread_each():
+        for split in splits:
+            fit = LogRidge.fit(spectra.of_models(split.train), spectra.of_models(split.test))
+            found.append(fit.prediction(fit.answers))
+    return found
 
 
-def log_regression(train: Spectra, test: Spectra) -> Prediction:
+def log_regression(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """The regression of `log_ridge`, but its answer can be any whole number, also one between the training sizes."""
-    prediction, answers = log_ridge_and_answers(train, test)
-    return replace(prediction, sizes=answers.clamp(0, math.log(2**53)).exp().round().long())
+    return [unrounded(prediction) for prediction in log_ridge(spectra, splits)]
 
 
-def log_ridge_and_answers(train: Spectra, test: Spectra) -> tuple[Prediction, Tensor]:
-    answers, deviation = log_ridge_fit(train, test)
-    candidates = train.sizes.unique()
-    distances = (answers[:, None] - candidates.double().log()) / max(deviation, 1e-9)
-    shares = torch.softmax(-distances.square() / 2, dim=1)
-    return Prediction(candidates[shares.argmax(1)], candidates, shares), answers
+def unrounded(prediction: Prediction) -> Prediction:
+    assert prediction.answers is not None
+    return replace(prediction, sizes=prediction.answers.round().long())
 
 
-def log_ridge_fit(train: Spectra, test: Spectra) -> tuple[Tensor, float]:
-    """The logarithm of n for each test model, float64 [models], and the standard deviation of left-out errors."""
-    x, z = log_features(train, test)
-    y = train.sizes.double().log()
-    if len(y) == 1:
-        return y.expand(len(z)), 1.0
-    kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
-    values, vectors = torch.linalg.eigh(kernel)
-    values = values.clamp_min(0)
-    groups = train.names if len(set(train.names)) > 1 else list(range(len(y)))
-    folds = [[model for model, name in enumerate(groups) if name == group] for group in dict.fromkeys(groups)]
-    deviations = []
-    for penalty in PENALTIES:
-        hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / len(y)
-        residuals = y - hat @ y
-        # the residuals of a fold that is left out of the fit, without fitting anew
-        left_out = [
-            torch.linalg.solve(torch.eye(len(fold), dtype=y.dtype) - hat[fold][:, fold], residuals[fold])
-            for fold in folds
-        ]
-        deviations.append(float(torch.cat(left_out).square().mean().sqrt()))
-    deviation, penalty = min(zip(deviations, PENALTIES, strict=True))
-    weights = vectors @ ((vectors.T @ (y - y.mean())) / (values + penalty))
-    return cross @ weights + y.mean(), deviation
+@dataclass(frozen=True)
+class LogRidge:
+    """A fitted `log_ridge`: what it says of new models, and what it would say with a micro-dataset left out.
+
+    Attributes:
+        candidates: the training sizes in rising order, int64 [sizes].
+        answers: log n of the new models, float64 [new].
+        held_out: log n of each training model, fitted without its micro-dataset, float64 [models].
+        turns: log n of the new models, fitted without each micro-dataset in turn, float64 [new, micro-datasets].
+        deviation: the standard deviation of what `held_out` errs by.
+    """
+
+    candidates: Tensor
+    answers: Tensor
+    held_out: Tensor
+    turns: Tensor
+    deviation: float
+
+    @classmethod
+    def fit(cls, train: Spectra, new: Spectra) -> LogRidge:
+        """Fit on the training models. Nothing is fitted twice: leaving models out of a ridge has a closed form.
+
+        With the hat matrix H (fitted values H y) and a micro-dataset f, the models of f are missed by
+        (I - H_ff)^-1 (y - H y)_f when f is left out. A fit isn't changed by models that lie on it: so with f left out,
+        new models are answered as if y_f had been what is said of f.
+        """
+        x, z = log_features(train, new)
+        y, candidates = train.sizes.double().log(), train.sizes.unique()
+        groups = train.micro_datasets if train.count > 1 else torch.arange(len(y))
+        if len(y) == 1:
+            return cls(candidates, y.expand(len(z)), y, y.expand(len(z), 1), 1.0)
+        folds = [(groups == group).nonzero().flatten() for group in groups.unique()]
+        values, vectors = torch.linalg.eigh(x @ x.T / x.shape[1])
+        values = values.clamp_min(0)
+
+        def missed_by(penalty: float) -> Tensor:
+            hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / len(y)
+            residuals, errors = y - hat @ y, torch.empty_like(y)
+            for fold in folds:
+                rest = torch.eye(len(fold), dtype=y.dtype) - hat[fold][:, fold]
+                errors[fold] = torch.linalg.solve(rest, residuals[fold])
+            return errors
+
+        deviation, penalty = min((float(missed_by(penalty).square().mean().sqrt()), penalty) for penalty in PENALTIES)
+        errors = missed_by(penalty)
+        weights = (z @ x.T / x.shape[1] @ vectors / (values + penalty)) @ vectors.T + 1 / len(y)  # H for new models
+        answers = weights @ y
+        turns = torch.stack([answers - weights[:, fold] @ errors[fold] for fold in folds], dim=1)
+        return cls(candidates, answers, y - errors, turns, deviation)
+
+    def prediction(self, answers: Tensor) -> Prediction:
+        """The training sizes nearest to answers, log n of any shape."""
+        distances = (answers[..., None] - self.candidates.double().log()) / max(self.deviation, 1e-9)
+        shares = torch.softmax(-distances.square() / 2, dim=-1)
+        images = answers.clamp(0, math.log(2**53)).exp()
+        return Prediction(self.candidates[shares.argmax(-1)], self.candidates, shares, images)
 
 
 def log_features(train: Spectra, test: Spectra) -> tuple[Tensor, Tensor]:
@@ -494,90 +587,80 @@ class Protocol(NamedTuple):
 
 @dataclass(frozen=True)
 class Experiment:
-    """One split of the micro-datasets and what was predicted of its test models."""
+    """What was predicted of the test models of one split, numbers int64, and how good that was."""
 
-    test: list[int]
+    test: Tensor
     prediction: Prediction
     mae: float
     mape: float
     accuracy: float
 
 
-def splits(names: list[Any], protocol: Protocol) -> Iterator[tuple[list[int], list[int]]]:
+def judge(spectra: Spectra, test: Tensor, prediction: Prediction) -> Experiment:
+    """An experiment by the true sizes of its test models."""
+    return Experiment(test, prediction, *metrics(spectra.sizes[test], prediction.sizes))
+
+
+def metrics(sizes: Tensor, predicted: Tensor) -> tuple[float, float, float]:
+    """MAE in images, MAPE in % and accuracy in %."""
+    errors = (predicted - sizes).abs().double()
+    return float(errors.mean()), 100 * float((errors / sizes).mean()), 100 * float((errors == 0).double().mean())
+
+
+def judge_all(spectra: Spectra, runs: list[Split], predictions: Iterable[Prediction]) -> list[Experiment]:
+    return [judge(spectra, split.test, prediction) for split, prediction in zip(runs, predictions, strict=True)]
+
+
+def splits(micro_datasets: Tensor, protocol: Protocol) -> list[Split]:
     """Models to train on and models to test on, once per experiment; a micro-dataset is never divided.
+
+    Args:
+        micro_datasets: of each model, 0 to K - 1, int64 [models].
 
     Raises:
         DsireError: there are fewer than train_size + 1 micro-datasets.
     """
-    micro_datasets = sorted(set(names))
-    count, train_size = len(micro_datasets), protocol.train_size
+    count, train_size = len(micro_datasets.unique()), protocol.train_size
     if train_size >= count:
         works = f"the largest --train_size that works is {count - 1}" if count > 1 else "an evaluation needs two"
         raise DsireError(
             f"--train_size={train_size} needs {train_size + 1} micro-datasets or more, and there are {count}: {works}"
         )
     draw = random.Random(protocol.seed)
-    for _ in range(protocol.experiments):
-        trained = {micro_datasets[index] for index in draw.sample(range(count), train_size)}
-        yield (
-            [model for model, name in enumerate(names) if name in trained],
-            [model for model, name in enumerate(names) if name not in trained],
-        )
+    drawn = [torch.tensor(draw.sample(range(count), train_size)) for _ in range(protocol.experiments)]
+    return [split_by(torch.isin(micro_datasets, trained)) for trained in drawn]
 
 
-def metrics(sizes: Tensor, predicted: Tensor) -> tuple[float, float, float]:
-    """MAE in images, MAPE in % and accuracy in %."""
-    from sklearn.metrics import accuracy_score, mean_absolute_error, mean_absolute_percentage_error
-
-    true, guess = sizes.numpy(), predicted.numpy()
-    return (
-        float(mean_absolute_error(true, guess)),
-        100 * float(mean_absolute_percentage_error(true, guess)),
-        100 * float(accuracy_score(true, guess)),
-    )
+def split_by(trained: Tensor) -> Split:
+    """A split by a mask, bool [models], of the models to train on."""
+    return Split(trained.nonzero().flatten(), (~trained).nonzero().flatten())
 
 
 def evaluate(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list[Experiment]:
     """The paper's protocol: train on some micro-datasets, test on all others, several times over."""
-    results = []
-    if predictor is dsire:  # experiments share most of their distances
-        for train, test, votes in votes_in_experiments(spectra, protocol):
-            prediction = Prediction(*majority(votes, spectra.sizes[train].unique()))
-            results.append(Experiment(test, prediction, *metrics(spectra.sizes[test], prediction.sizes)))
-        return results
-    for train, test in splits(spectra.names, protocol):
-        prediction = predictor(spectra.of_models(train), spectra.of_models(test))
-        results.append(Experiment(test, prediction, *metrics(spectra.sizes[test], prediction.sizes)))
-    return results
+    runs = splits(spectra.micro_datasets, protocol)
+    return judge_all(spectra, runs, predictor(spectra, runs))
 
 
-def votes_in_experiments(spectra: Spectra, protocol: Protocol) -> Iterator[tuple[list[int], list[int], Tensor]]:
-    """Training models, test models and `votes_of` them, for each experiment; ten at a time share their distances."""
-    runs = list(splits(spectra.names, protocol))
-    for start in range(0, len(runs), 10):
-        some = runs[start : start + 10]
-        known, asked = (sorted({model for run in some for model in run[side]}) for side in (0, 1))
-        columns, rows = ({model: place for place, model in enumerate(models)} for models in (known, asked))
-        choices = [torch.tensor([columns[model] for model in train]) for train, _ in some]
-        found = nearest(spectra.values[:, known], spectra.values[:, asked], choices)
-        for (train, test), nearest_ones in zip(some, found, strict=True):
-            yield train, test, spectra.sizes[known][nearest_ones[:, [rows[model] for model in test]]]
+def in_groups(predict: Callable[[list[Split]], list[T]], groups: dict[str, list[Split]]) -> dict[str, list[T]]:
+    """What is predicted of the splits of each group, all in one call, in which they share their distances."""
+    answers = iter(predict([split for its in groups.values() for split in its]))
+    return {name: [next(answers) for _ in its] for name, its in groups.items()}
 
 
-def compare(spectra: Spectra, protocol: Protocol) -> dict[str, list[Experiment]]:
-    """Every predictor, and dsire on each kind of matrix (Table 9), on the same splits."""
-    runs = {name: evaluate(spectra, predictor, protocol) for name, predictor in PREDICTORS.items()}
-    kinds = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in spectra.voters)]
-    for matrix in kinds if len(kinds) > 1 else []:
-        runs[f"dsire {matrix}"] = evaluate(spectra.of_matrices([matrix]), dsire, protocol)
-    return runs
+def train_sizes(spectra: Spectra, protocol: Protocol) -> dict[str, list[Split]]:
+    """The protocol's splits with fewer micro-datasets to train on, up to as many as it says (Figure 5)."""
+    counts = sorted({n for n in (1, 2, 3, 5, 10) if n < protocol.train_size} | {protocol.train_size})
+    return {str(n): splits(spectra.micro_datasets, protocol._replace(train_size=n)) for n in counts}
 
 
 def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> dict[str, list[Experiment]]:
-    """The same with fewer micro-datasets to train on, up to the protocol's (Figure 5)."""
-    least = 2 if predictor is gda else 1  # a discriminant analysis needs more models than sizes
-    counts = sorted({n for n in (1, 2, 3, 5, 10) if least <= n < protocol.train_size} | {protocol.train_size})
-    return {str(count): evaluate(spectra, predictor, protocol._replace(train_size=count)) for count in counts}
+    """The metrics by the number of micro-datasets to train on."""
+    groups = train_sizes(spectra, protocol)
+    if predictor is gda:  # a discriminant analysis needs more models than sizes
+        groups.pop("1", None)
+    predictions = in_groups(lambda together: predictor(spectra, together), groups)
+    return {name: judge_all(spectra, its, predictions[name]) for name, its in groups.items()}
 
 
 def by_size(spectra: Spectra, experiments: list[Experiment]) -> dict[str, list[Experiment]]:
@@ -586,43 +669,83 @@ def by_size(spectra: Spectra, experiments: list[Experiment]) -> dict[str, list[E
     for size in spectra.sizes.unique().tolist():
         for run in experiments:
             chosen = spectra.sizes[run.test] == size
-            if not chosen.any():
-                continue
-            test = [model for model, its in zip(run.test, chosen.tolist(), strict=True) if its]
-            predicted = run.prediction.sizes[chosen]
-            part = Prediction(predicted, run.prediction.candidates, run.prediction.shares[chosen])
-            rows.setdefault(str(size), []).append(Experiment(test, part, *metrics(spectra.sizes[test], predicted)))
+            if chosen.any():
+                its = replace(run.prediction, sizes=run.prediction.sizes[chosen], shares=run.prediction.shares[chosen])
+                rows.setdefault(str(size), []).append(judge(spectra, run.test[chosen], its))
     return rows
 
 
-def unseen_sizes(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list[Experiment]:
-    """Test models of sizes that were not trained on: each size between two others is left out of the training in turn.
+def unseen_sizes(spectra: Spectra, runs: list[Split]) -> list[list[Split]]:
+    """For each split, one for each size between two others: to be told from training models of all other sizes.
 
     A classifier's best answer is a neighbouring size; a regression can name the size itself.
     """
-    results = []
-    sizes = spectra.sizes.unique().tolist()
-    for train, test in splits(spectra.names, protocol):
-        tested, answers = [], []
-        for size in sizes[1:-1]:
-            others = [model for model in train if spectra.sizes[model] != size]
-            asked = [model for model in test if spectra.sizes[model] == size]
-            if others and asked:
-                tested += asked
-                answers.append(predictor(spectra.of_models(others), spectra.of_models(asked)).sizes)
-        if tested:
-            empty = torch.zeros(len(tested), 0, dtype=torch.float64)
-            prediction = Prediction(torch.cat(answers), torch.zeros(0, dtype=torch.int64), empty)
-            results.append(Experiment(tested, prediction, *metrics(spectra.sizes[tested], prediction.sizes)))
-    return results
-
-
-def by_layer(spectra: Spectra, protocol: Protocol) -> Tensor:
-    """The accuracy of each layer's voters, one by one, in %, mean over the experiments: float64 [voters]."""
-    hits = [
-        (votes == spectra.sizes[test]).double().mean(1) for _, test, votes in votes_in_experiments(spectra, protocol)
+    between = spectra.sizes.unique()[1:-1].tolist()
+    gaps = [
+        [
+            Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
+            for size in between
+        ]
+        for run in runs
     ]
-    return 100 * torch.stack(hits).mean(0)
+    return [[gap for gap in its if len(gap.train) and len(gap.test)] for its in gaps]
+
+
+def judge_together(spectra: Spectra, gaps: list[list[Split]], predictions: Iterable[Prediction]) -> list[Experiment]:
+    """An experiment for each list of splits, whose predictions are judged as one."""
+    left, none = iter(predictions), torch.zeros(0, dtype=torch.int64)
+    found = []
+    for its in filter(None, gaps):
+        test, sizes = torch.cat([gap.test for gap in its]), torch.cat([next(left).sizes for _ in its])
+        found.append(judge(spectra, test, Prediction(sizes, none, none.double())))
+    return found
+
+
+Tables = dict[str, dict[str, list[Experiment]]]  # title -> row -> experiments
+
+
+def compare(spectra: Spectra, protocol: Protocol) -> tuple[Tables, Tensor]:
+    """Every predictor and kind of matrix (Tables 2, 5 and 9), by size and training micro-datasets, on the same splits.
+
+    Returns:
+        The tables, and the accuracy of each voter alone, in %, mean over the experiments: float64 [voters].
+    """
+    from tqdm import tqdm
+
+    runs, growth = splits(spectra.micro_datasets, protocol), train_sizes(spectra, protocol)
+    gaps = unseen_sizes(spectra, runs)
+    groups = {"runs": runs, "gaps": [gap for its in gaps for gap in its]}
+    others = ("frobenius", "whole-model", "ridge", "gda")
+    with tqdm(total=len(others) + 2, unit="predictor", disable=None) as progress:
+
+        def done(found: T) -> T:
+            progress.update()
+            return found
+
+        votes = done(in_groups(lambda together: votes_of(spectra, together), groups | growth))
+        fits = done(in_groups(lambda together: log_ridge(spectra, together), groups))
+        found = {name: done(PREDICTORS[name](spectra, runs)) for name in others}
+    found["dsire"], found["dsire-average"] = [*map(majority, votes["runs"])], [*map(average, votes["runs"])]
+    found["log-ridge"], found["log-regression"] = fits["runs"], [*map(unrounded, fits["runs"])]
+    rows = {name: judge_all(spectra, runs, found[name]) for name in PREDICTORS}
+    kinds = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in spectra.voters)]
+    for matrix in kinds if len(kinds) > 1 else []:
+        its = torch.tensor([voter.matrix == matrix for voter in spectra.voters])
+        parts = [Votes(named[its], candidates) for named, candidates in votes["runs"]]
+        rows[f"dsire {matrix}"] = judge_all(spectra, runs, map(majority, parts))
+    unseen = {
+        "dsire": map(majority, votes["gaps"]),
+        "log-ridge": fits["gaps"],
+        "log-regression": map(unrounded, fits["gaps"]),
+    }
+    tables = {
+        "compare": rows,
+        "by_train_size": {count: judge_all(spectra, its, map(majority, votes[count])) for count, its in growth.items()},
+        "by_size": by_size(spectra, rows["dsire"]),
+        "unseen_sizes": {name: judge_together(spectra, gaps, its) for name, its in unseen.items() if any(gaps)},
+    }
+    hits = [named == spectra.sizes[run.test] for (named, _), run in zip(votes["runs"], runs, strict=True)]
+    return tables, 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0)
 
 
 def by_block(spectra: Spectra, accuracies: Tensor) -> dict[str, float]:
@@ -643,7 +766,7 @@ def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How sure: what held-out votes say of a new model
+# How sure: what is said of labelled models that were left out, beside a new model
 
 
 @dataclass(frozen=True)
@@ -670,8 +793,52 @@ class Estimate:
     warnings: list[str]
 
 
-def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confidence: float) -> list[Estimate]:
-    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving micro-datasets out.
+@dataclass(frozen=True)
+class LeftOut:
+    """What a predictor says of labelled models that were left out with their micro-dataset, and of new ones beside.
+
+    Attributes:
+        held_out: of each labelled model, by a fit without its micro-dataset.
+        turns: the shares of the new models' sizes by each of those fits: float64 [micro-datasets, new, sizes].
+    """
+
+    held_out: Prediction
+    turns: Tensor
+
+
+def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor) -> tuple[Prediction, LeftOut]:
+    """The predictor's answers for new models, fitted on all labelled ones; and with each micro-dataset left out."""
+    if predictor in (log_ridge, log_regression):
+        with one_thread_each():
+            fit = LogRidge.fit(fitted, new)
+        answer, held_out = fit.prediction(fit.answers), fit.prediction(fit.held_out)
+        if predictor is log_regression:
+            answer, held_out = unrounded(answer), unrounded(held_out)
+        return answer, LeftOut(held_out, fit.prediction(fit.turns.T).shares)
+    models = len(fitted.sizes)
+    both = replace(
+        fitted,
+        values=torch.cat([fitted.values, new.values], dim=1),
+        sizes=torch.cat([fitted.sizes, new.sizes]),
+        names=[*fitted.names, *new.names],
+    )
+    last = torch.arange(models, len(both.sizes))
+    folds = [fitted.micro_datasets == number for number in range(fitted.count)] if fitted.count > 1 else []
+    runs = [split_by(~fold) for fold in folds]
+    asked = [Split(torch.arange(models), last), *(Split(run.train, torch.cat([run.test, last])) for run in runs)]
+    answer, *predictions = predictor(both, asked)
+    shares = torch.zeros(models, len(answer.candidates), dtype=torch.float64)
+    sizes, turns = torch.zeros(models, dtype=torch.int64), shares.new_zeros(len(runs), len(last), shares.shape[1])
+    for run, prediction, turn in zip(runs, predictions, turns, strict=True):
+        known = torch.isin(answer.candidates, prediction.candidates)  # a size may be in one micro-dataset only
+        shares[run.test.unsqueeze(1), known.nonzero().T] = prediction.shares[: len(run.test)]
+        turn[:, known] = prediction.shares[len(run.test) :]
+        sizes[run.test] = prediction.sizes[: len(run.test)]
+    return answer, LeftOut(Prediction(sizes, answer.candidates, shares), turns)
+
+
+def conformal_p(fitted: Spectra, left_out: LeftOut) -> Tensor:
+    """The conformal p-value of each size for each new model, float64 [new, sizes].
 
     The prediction set is cross-conformal over micro-datasets (Vovk 2015; with micro-datasets, not models, as the
     exchangeable units: Lee, Barber and Willett 2023). A size's nonconformity is 1 - its share of the votes. With the
@@ -679,6 +846,26 @@ def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confi
     new model's score of size n at that turn,
         p(n) = (1 + sum over k of the mean over its models i of [s_i >= s_k(n)]) / (K + 1),
     and the set holds the sizes with p(n) > 1 - confidence.
+    """
+    place = torch.searchsorted(left_out.held_out.candidates, fitted.sizes)[:, None]
+    true = left_out.held_out.shares.gather(1, place).flatten()
+    stranger = [
+        (true[fitted.micro_datasets == number] <= turn[..., None]).double().mean(-1)  # s_i >= s_k(n)
+        for number, turn in enumerate(left_out.turns)
+    ]
+    return (1 + torch.stack(stranger).sum(0)) / (fitted.count + 1)
+
+
+def models_alike(share: float, held_out: Prediction, sizes: Tensor) -> list[float]:
+    """The tenth of the held-out models (10 at least) whose winning share is nearest: lowest, highest, models, right."""
+    shares = held_out.shares.max(-1).values
+    alike = (shares - share).abs().argsort(stable=True)[: max(10, len(shares) // 10)]
+    right = (held_out.sizes == sizes)[alike]
+    return [float(shares[alike].min()), float(shares[alike].max()), len(alike), int(right.sum())]
+
+
+def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confidence: float) -> list[Estimate]:
+    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving micro-datasets out.
 
     Args:
         fitted: the labelled models.
@@ -686,90 +873,58 @@ def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confi
         predictor: one of the predictors above.
         confidence: the share of new models whose true size the set shall hold, between 0 and 1.
     """
-    new = replace(files[0], values=torch.cat([file.values for file in files], dim=1).to(fitted.values.device))
-    answer = predictor(fitted, new)
-    candidates = answer.candidates
-    micro_datasets = fitted.micro_datasets() if len(set(fitted.names)) > 1 else []
-    at_least_as_strange = torch.zeros(answer.shares.shape, dtype=torch.float64)
-    shares, hits, distances = [], [], []
-    for name in micro_datasets:
-        fold = [model for model, its_name in enumerate(fitted.names) if its_name == name]
-        rest = fitted.of_models([model for model, its_name in enumerate(fitted.names) if its_name != name])
-        held_out = fitted.of_models(fold)
-        both = replace(new, values=torch.cat([held_out.values, new.values], dim=1))
-        turn = predictor(rest, both)
-        votes = torch.zeros(len(turn.shares), len(candidates), dtype=torch.float64)
-        votes[:, torch.isin(candidates, turn.candidates)] = turn.shares  # a size may be in one micro-dataset only
-        true = votes[: len(fold)].gather(1, torch.searchsorted(candidates, held_out.sizes)[:, None])
-        at_least_as_strange += (true[None] <= votes[len(fold) :, None]).double().mean(1)  # s_i >= s_k(n)
-        shares.append(turn.shares[: len(fold)].max(-1).values)
-        hits.append(turn.sizes[: len(fold)] == held_out.sizes)
-        distances.append(nearest_distances(rest, held_out))
-    p = (1 + at_least_as_strange) / (len(micro_datasets) + 1)
-    to_nearest = nearest_distances(fitted, new)
-    strangeness, limit = how_unlike(to_nearest, distances)
+    values = torch.cat([file.values for file in files], dim=1).to(fitted.values.device)
+    names, stated = [file.names[0] for file in files], torch.cat([file.sizes for file in files])
+    new = replace(files[0], values=values, names=names, sizes=stated)
+    answer, left_out = leave_out(fitted, new, predictor)
+    several = fitted.count > 1
+    p = conformal_p(fitted, left_out) if several else torch.zeros_like(answer.shares)
+    warnings = what_is_unlike(fitted, new)
     found = []
     for row, file in enumerate(files):
-        size, winning_share = int(answer.sizes[row]), float(answer.shares[row].max())
-        warnings = list(file.notes)
-        rounding = 1e-9 * torch.linalg.vector_norm(new.values[:, row], dim=-1).cpu()
-        if (to_nearest[:, row] <= rounding).all():
-            warnings.append("this very model is among the labelled ones")
-        if not micro_datasets:
-            warnings.append("one micro-dataset only: how sure the estimate is can't be told")
-        elif strangeness[row] > limit:
-            times = f" ({strangeness[row] / limit:.1f} times as far as the farthest left-out one)" if limit else ""
-            warnings.append(
-                f"unlike every labelled model{times}: another recipe or base model, most likely, "
-                "and the estimate is not to be trusted"
-            )
-        stated = int(file.sizes[0])
-        if stated and stated != size:
-            warnings.append(f"the estimate disagrees with the size that the file states, {stated}")
-        members = [int(n) for n, its_p in zip(candidates, p[row], strict=True) if its_p > 1 - confidence + 1e-9]
-        found.append(
-            Estimate(
-                str(file.names[0]),
-                size,
-                dict(zip(candidates.tolist(), answer.shares[row].tolist(), strict=True)),
-                models_alike(winning_share, torch.cat(shares), torch.cat(hits)) if micro_datasets else [],
-                members if micro_datasets else [],
-                stated,
-                warnings,
-            )
-        )
+        size, its_stated = int(answer.sizes[row]), int(stated[row])
+        said = [*file.notes, *warnings[row]]
+        if its_stated and its_stated != size:
+            said.append(f"the estimate disagrees with the size that the file states, {its_stated}")
+        members = answer.candidates[p[row] > 1 - confidence + 1e-9].tolist()
+        votes = dict(zip(answer.candidates.tolist(), answer.shares[row].tolist(), strict=True))
+        alike = models_alike(max(votes.values()), left_out.held_out, fitted.sizes) if several else []
+        found.append(Estimate(str(names[row]), size, votes, alike, members, its_stated, said))
     return found
 
 
-def models_alike(share: float, shares: Tensor, hits: Tensor) -> list[float]:
-    """The tenth of the held-out models (10 at least) whose winning share is nearest: lowest, highest, models, right."""
-    count = min(len(shares), max(10, len(shares) // 10))
-    alike = (shares - share).abs().argsort(stable=True)[:count]
-    return [float(shares[alike].min()), float(shares[alike].max()), count, int(hits[alike].sum())]
-
-
-def nearest_distances(train: Spectra, test: Spectra) -> Tensor:
-    """How far each test model is from its nearest training model, for each voter: [voters, test models]."""
-    index = nearest(train.values, test.values)[0][..., None].expand(-1, -1, test.values.shape[-1])
-    return (test.values - train.values.gather(1, index.to(train.values.device))).square().sum(-1).sqrt().cpu()
-
-
-def how_unlike(distances: Tensor, left_out: list[Tensor]) -> tuple[list[float], float]:
-    """How far new models are from the labelled ones, and the farthest that a left-out model is.
+def what_is_unlike(fitted: Spectra, new: Spectra) -> list[list[str]]:
+    """For each new model, warnings if it is far from all labelled models, or is one of them.
 
     A model's distance is the median over the voters of its distance to the nearest model, in units of the voter's
     median for left-out models.
-
-    Args:
-        distances: of the new models, to their nearest, [voters, models].
-        left_out: the same for the labelled models, a tensor for each micro-dataset left out.
     """
-    if not left_out:
-        return [0.0] * distances.shape[1], 0.0
-    held_out = torch.cat(left_out, dim=1)
+    models = len(fitted.sizes)
+    values = torch.cat([fitted.values, new.values], dim=1)
+    last = torch.arange(models, values.shape[1])
+    folds = [split_by(fitted.micro_datasets != number) for number in range(fitted.count)] if fitted.count > 1 else []
+    runs = [Split(torch.arange(models), last), *folds]
+    of_new, *of_folds = [
+        torch.linalg.vector_norm(values[:, run.test] - values[torch.arange(len(values))[:, None], index], dim=-1).cpu()
+        for run, index in zip(runs, nearest(values, runs), strict=True)
+    ]
+    rounding = 1e-9 * torch.linalg.vector_norm(new.values, dim=-1).cpu()
+    said: list[list[str]] = [
+        ["this very model is among the labelled ones"] if same else [] for same in (of_new <= rounding).all(0).tolist()
+    ]
+    if not folds:
+        return [[*its, "one micro-dataset only: how sure the estimate is can't be told"] for its in said]
+    held_out = torch.cat(of_folds, dim=1)
     unit = held_out.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float64).tiny)
     limit = float((held_out / unit).median(0).values.max())
-    return (distances / unit).median(0).values.tolist(), limit
+    for its, strangeness in zip(said, (of_new / unit).median(0).values.tolist(), strict=True):
+        if strangeness > limit:
+            times = f" ({strangeness / limit:.1f} times as far as the farthest left-out one)" if limit else ""
+            its.append(
+                f"unlike every labelled model{times}: another recipe or base model, most likely, "
+                "and the estimate is not to be trusted"
+            )
+    return said
 
 
 SD_OF_WIDTH = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of the text that cross-attention looks at
@@ -810,9 +965,7 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
     kept = set(common)
     voters = [voter for voter in fitted.voters if voter.layer in kept]
     rank = fitted.values.shape[-1]
-    values = file.of_voters(voters).values
-    values = torch.nn.functional.pad(values, (0, max(0, rank - values.shape[-1])))[..., :rank]
-    return replace(file, values=values, voters=voters, notes=notes)
+    return replace(file, values=of_rank(file.of_voters(voters).values, rank), voters=voters, notes=notes)
 
 
 def kind_of_model(shapes: dict[str, list[int]]) -> str:
@@ -846,12 +999,6 @@ OTHER_METHODS = {
     "AdaLoRA": r"\.lora_E$|\.lora_E\.",
     "OFT": r"\.oft_",
 }
-
-
-def shown(text: str) -> str:
-    """A name out of a file, fit for a message: in one line, without control characters, not longer than 160."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return clean if len(clean) <= 160 else f"{clean[:120]}... ({len(clean):,} characters)"
 
 
 def layer_name(path: str) -> str:
@@ -909,42 +1056,43 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
 # Weights in parquet: the layout of LoRA-WiSE
 
 
-def different_lengths(file: str, column: str, one: int, other: int) -> str:
-    return f"{file}: column {column} has rows of {one} and of {other} numbers; all models must have one rank"
+def different_lengths(file: str, column: str, one: int, other: int) -> DsireError:
+    return DsireError(
+        f"{file}: column {shown(column)} has rows of {one} and of {other} numbers; all models must have one rank"
+    )
 
 
 def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
-    """The flat lists of one column as a batch [models, numbers of a matrix], float64.
+    """The lists of one column as a batch [models, numbers of a matrix], float64; lists of lists are flattened.
 
     Raises:
         DsireError: not lists of floating point numbers, nulls, lengths that differ or that the rank does not divide.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    kind = column.type
-    fixed = pa.types.is_fixed_size_list(kind)
-    lists = fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not lists or not pa.types.is_floating(kind.value_type):
-        raise DsireError(f"{file}: column {shown(name)} holds {kind}, not lists of floating point numbers")
-    column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    nulls = column.null_count + column.values.null_count
-    if nulls:
-        raise DsireError(f"{file}: column {shown(name)} has {nulls} nulls: a matrix is missing")
-    if fixed:
-        starts = (column.offset + torch.arange(len(column) + 1)) * kind.list_size
-    else:
-        starts = torch.utils.dlpack.from_dlpack(column.offsets)
-    lengths = starts.diff()
-    length = int(lengths.min())
-    if length != lengths.max():
-        raise DsireError(different_lengths(file, shown(name), length, int(lengths.max())))
+    kinds = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
+    values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    length, nulls = 1, 0
+    while isinstance(values, pa.ExtensionArray) or isinstance(values.type, kinds):
+        if isinstance(values, pa.ExtensionArray):
+            values = values.storage
+            continue
+        nulls += values.null_count
+        bounds = pc.min_max(pc.list_value_length(values)).as_py()
+        if bounds["min"] != bounds["max"]:
+            raise different_lengths(file, name, length * bounds["min"], length * bounds["max"])
+        length, values = length * bounds["max"] if bounds["max"] else 0, values.flatten()
+    if not isinstance(column.type, (*kinds, pa.BaseExtensionType)) or not pa.types.is_floating(values.type):
+        raise DsireError(f"{file}: column {shown(name)} holds {column.type}, not lists of floating point numbers")
+    if nulls + values.null_count:
+        raise DsireError(f"{file}: column {shown(name)} has {nulls + values.null_count} nulls: a matrix is missing")
     if length == 0 or length % rank:
         raise DsireError(
             f"{file}: column {shown(name)} has {length} numbers a row, which --rank={rank} does not divide"
         )
-    flat = column.values.slice(int(starts[0]), len(column) * length)  # `flatten` would copy
-    values: Tensor = torch.utils.dlpack.from_dlpack(flat)
-    return values.to(torch.float64).view(-1, length)
+    numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
+    return numbers.to(torch.float64).view(-1, length)
 
 
 def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
@@ -973,6 +1121,17 @@ def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
     return torch.tensor(sizes, dtype=torch.int64), names.to_pylist()
 
 
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Whatever pyarrow raises about a file, in one line."""
+    try:
+        yield
+    except DsireError:
+        raise
+    except Exception as error:
+        raise DsireError(f"{path} is not a whole parquet file ({shown(error)}): delete it and fetch it anew") from error
+
+
 def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
     """The spectra of all models in one parquet shard, one pair of columns at a time.
 
@@ -981,64 +1140,26 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
     Raises:
         DsireError: the file can't be read, or a column doesn't fit; the message names it.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    own = threading.local()  # two threads that read one ParquetFile can wait for each other for ever
-
-    def pair_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
-        if not hasattr(own, "file"):
-            own.file = pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True)
-        file = own.file
-        groups = []
-        lengths: dict[str, int] = {}
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=list(pair.values()), use_threads=False)
-            if not len(table):
-                continue
-            flat = {m: matrix_values(table.column(name), name, rank, path.name) for m, name in pair.items()}
-            a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
-            for matrix, name in pair.items():
-                here = flat[matrix].shape[1]
-                if lengths.setdefault(name, here) != here:
-                    raise DsireError(different_lengths(path.name, shown(name), lengths[name], here))
-            try:
-                groups.append(batch_spectra(a, b, device))
-            except FloatingPointError:
-                start = sum(file.metadata.row_group(before).num_rows for before in range(group))
-                name_the_model_that_is_not_finite(flat, pair, sizes[start:].tolist(), names[start:])
-        if not groups:
-            raise DsireError(f"{path} is not a whole parquet file (no rows in its groups): delete it and fetch it anew")
-        shape = [lengths[pair["B"]] // rank, lengths[pair["A"]] // rank, rank]
-        return torch.cat(groups, dim=1), shape
-
-    def name_the_model_that_is_not_finite(
-        flat: dict[str, Tensor], pair: dict[str, str], its_sizes: list[int], its_names: list[Any]
-    ) -> None:
-        for matrix, name in pair.items():
-            for row, values in enumerate(flat[matrix]):
-                if not values.isfinite().all():
-                    model = f"model {shown(str(its_names[row]))} of size {its_sizes[row]}"
-                    raise DsireError(
-                        f"{path.name}: {model} has a weight that is NaN or infinite in column {shown(name)}"
-                    )
-        raise DsireError(
-            f"{path.name}: columns {' and '.join(map(shown, pair.values()))} hold numbers too large to multiply"
-        )
-
-    try:
+    with parquet_errors(path):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            metadata = file.metadata
+            metadata, columns = file.metadata, file.schema_arrow.names
             if not metadata.num_rows:
                 raise DsireError(f"{path}: no rows; delete the file or fetch it anew")
-            columns = file.schema_arrow.names
-            sizes, names = model_labels(file.read([name for name in ("label", "name") if name in columns]), path.name)
-            layers, others = lora_layers(columns, path.name)
-            spectra = dict(zip(layers, in_parallel(pair_spectra, layers.values()), strict=True))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DsireError(
-            f"{path} is not a whole parquet file ({first_line(error)}): delete it and fetch it anew"
-        ) from error
+            labels = file.read([name for name in ("label", "name") if name in columns])
+        sizes, names = model_labels(labels, path.name)
+        models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
+        layers, others = lora_layers(columns, path.name)
+
+        def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
+            with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
+                return pair_spectra(own, pair, rank, device, models, path.name)
+
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        largest = max(its.column(i).total_uncompressed_size for its in groups for i in range(its.num_columns))
+        at_once = max(1, BYTES_AT_ONCE // (2 * largest))
+        spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
     unused = sorted(set(others) - {"label", "name"})
     notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
     order = voters_of(layers)
@@ -1046,16 +1167,49 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
     return Spectra(values, sizes, names, order, {layer: shape for layer, (_, shape) in spectra.items()}, notes)
 
 
+def pair_spectra(
+    file: Any, pair: dict[str, str], rank: int, device: str, models: list[str], shard: str
+) -> tuple[Tensor, list[int]]:
+    """The spectra of one layer in an open parquet file, [3, models, r], and its shape [out, in, rank].
+
+    Args:
+        pair: the columns of "A" and "B".
+        models: what the file's models are called in a message.
+        shard: what the file is called in a message.
+    """
+    found: list[Tensor] = []
+    lengths: dict[str, int] = {}
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=list(pair.values()), use_threads=False)
+        if not len(table):
+            continue
+        flat = {matrix: matrix_values(table.column(name), name, rank, shard) for matrix, name in pair.items()}
+        for matrix, name in pair.items():
+            here = flat[matrix].shape[1]
+            if lengths.setdefault(matrix, here) != here:
+                raise different_lengths(shard, name, lengths[matrix], here)
+        a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
+        try:
+            found.append(batch_spectra(a, b, device))
+        except FloatingPointError:
+            its_models = models[sum(its.shape[1] for its in found) :]
+            raise DsireError(f"{shard}: {what_is_not_finite(flat, pair, its_models)}") from None
+    return torch.cat(found, dim=1), [lengths["B"] // rank, lengths["A"] // rank, rank]
+
+
+def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: list[str]) -> str:
+    """Which model and column of a batch [models, numbers] has a weight that is NaN or infinite."""
+    for matrix, name in pair.items():
+        wrong = (~flat[matrix].isfinite()).any(1).nonzero()
+        if len(wrong):
+            return f"{models[int(wrong[0])]} has a weight that is NaN or infinite in column {shown(name)}"
+    return f"columns {' and '.join(map(shown, pair.values()))} hold numbers too large to multiply"
+
+
 def voters_of(layers: dict[str, dict[str, str]]) -> list[Voter]:
     """The voters in the order in which a tie is broken: A and B as the keys stand, then the products."""
     singles = [Voter(layer, matrix) for layer, pair in layers.items() for matrix in pair if matrix in MATRICES]
     return singles + [Voter(layer, "BA") for layer in layers]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is fit to print."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return "".join(letter if letter.isprintable() else "?" for letter in lines[0].rstrip(" ."))
 
 
 def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
@@ -1088,16 +1242,17 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
 
 def what_is_unusual(spectra: Spectra) -> list[str]:
     """Sentences about what a user might not expect in the models: sizes that lack, models that are there twice."""
-    models = list(zip(spectra.names, spectra.sizes.tolist(), strict=True))
+    pairs = torch.stack([spectra.micro_datasets, spectra.sizes], dim=1)
+    different = pairs.unique(dim=0)
     notes = []
-    twice = len(models) - len(set(models))
-    if twice:
+    if len(pairs) > len(different):
+        twice = len(pairs) - len(different)
         notes.append(f"{twice} models have the micro-dataset and size of another one; all are kept")
-    sizes = spectra.sizes.unique().tolist()
-    several = len(models) > len(spectra.micro_datasets())  # else no file was said to belong with another
-    lacking = [name for name in spectra.micro_datasets() if len({n for m, n in models if m == name}) < len(sizes)]
-    if lacking and several:
-        some = ", ".join(str(name) for name in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+    sizes = different[:, 0].bincount()  # of each micro-dataset
+    lacking = (sizes < len(spectra.sizes.unique())).nonzero().flatten().tolist()
+    if lacking and len(pairs) > spectra.count:  # else no file was said to belong with another
+        names = sorted(set(spectra.names))
+        some = ", ".join(str(names[number]) for number in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         notes.append(f"{len(lacking)} micro-datasets lack a size: {some}")
     return notes
 
@@ -1139,14 +1294,14 @@ def open_weights(path: Path) -> Iterator[Weights]:
         try:
             found: Tensor = file.get_tensor(key)
         except unreadable as error:
-            raise DsireError(f"{path}: {shown(key)} can't be read ({first_line(error)})") from error
+            raise DsireError(f"{path}: {shown(key)} can't be read ({shown(error)})") from error
         return found
 
     try:
         opened = safe_open(path, "pt")
         keys, header = list(opened.keys()), opened.metadata() or {}
     except unreadable as error:
-        raise DsireError(f"{path} can't be read as safetensors ({first_line(error)}); fetch it anew") from error
+        raise DsireError(f"{path} can't be read as safetensors ({shown(error)}); fetch it anew") from error
     with opened as file:
         yield Weights(keys, tensor, header)
 
@@ -1168,7 +1323,7 @@ def unpickled_tensors(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
-        reason = shown(first_line(error))
+        reason = shown(error)
         raise DsireError(
             f"{path} can't be read as plain tensors ({reason}); pickles that hold more are not loaded"
         ) from error
@@ -1204,7 +1359,7 @@ def peft_config(path: Path, header: dict[str, str]) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DsireError(f"{place} is not JSON ({first_line(error)})") from error
+        raise DsireError(f"{place} is not JSON ({shown(error)})") from error
     if not isinstance(config, dict):
         raise DsireError(f"{place} is not a JSON object")
     method = str(config.get("peft_type") or "LORA")
@@ -1238,9 +1393,7 @@ def peft_scale(config: dict[str, Any], layer: str, rank: int) -> float:
         try:
             matches = re.fullmatch(rf"(.*\.)?({pattern})", path)
         except (re.error, OverflowError) as error:
-            raise DsireError(
-                f"alpha_pattern {shown(pattern)} is no regular expression ({first_line(error)})"
-            ) from error
+            raise DsireError(f"alpha_pattern {shown(pattern)} is no regular expression ({shown(error)})") from error
         if matches:
             alpha = value
             break
@@ -1343,7 +1496,7 @@ def file_spectra(path: Path) -> Spectra:
     rank = max(shape[2] for shape in shapes.values())
     voters = voters_of(layers)
     rows = [spectra[voter.layer][voter.matrix] for voter in voters]
-    values = torch.stack([torch.nn.functional.pad(row, (0, rank - len(row))) for row in rows])[:, None]
+    values = torch.stack([of_rank(row, rank) for row in rows])[:, None]
     return Spectra(values, torch.tensor([stated[0] if stated else 0]), [str(path)], voters, shapes, notes)
 
 
@@ -1398,98 +1551,114 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the weights come from: a folder or the Hub, and the cache of spectra
+# Where the weights come from: a folder, or the Hub
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file of a subset: its path (on disk, or inside the Hub's repository), bytes, and version."""
+    """One file of models: its path (on disk, or inside the Hub's repository), bytes, and version."""
 
     file: str
     size: int
     etag: str
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is a LoRA file, a single model, and not parquet."""
+        return self.file.lower().endswith(WEIGHT_ENDINGS)
+
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a subset. `commit` is the Hub's commit hash, or "" for a folder; `column` one of A, if known."""
+    """The files of a subset. `commit` is the Hub's commit hash, or "" for a folder."""
 
     dataset: str
     subset: str
     commit: str
     shards: list[Shard]
-    column: str = ""
 
 
 def find_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> tuple[Source, list[str]]:
     """The files of a subset in a folder or on the Hub, and what is to be said of them.
 
-    The answer is kept in the cache, and asked for again only when the folder or the Hub's commit has changed: a second
-    run doesn't need the network.
-
     Raises:
         DsireError: no such dataset or subset, or the Hub can't be reached and nothing is known of it.
     """
-    folder = Path(dataset)
-    local = folder.is_dir()
-    if not local and (folder.is_absolute() or dataset.startswith(".") or dataset.count("/") != 1):
+    folder = Path(dataset).expanduser()
+    if folder.is_dir():
+        return folder_source(folder, subset), []
+    if folder.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") != 1:
         raise DsireError(f"--dataset={dataset}: no such folder, and not a Hub repository (owner/name)")
-    place = str(folder.resolve()) if local else dataset
-    note = cache / "sources" / (re.sub(r"[^\w.-]+", "--", f"{place}@{revision or ''}-{subset or ''}") + ".json")
-    known = read_source(note)
-    notes: list[str] = []
-    if local and not any(folder.rglob("*.parquet")):
+    return hub_source(dataset, subset, revision, cache)
+
+
+def folder_source(folder: Path, subset: str | None) -> Source:
+    """The parquet files of a subset in a folder; or a folder of LoRA files as a subset of its own."""
+    parquet = sorted(folder.rglob("*.parquet"))
+    if (folder / "metadata.csv").is_file() or not parquet:
         if subset is not None:
             raise DsireError(
                 f"--subset={subset}: {folder} holds no parquet, and LoRA files have no subsets; leave it out"
             )
-        return lora_folder(folder), notes
-    if local:
-        state = folder_state(folder)
-    elif known and revision == known[1].commit:
-        state = revision
-    else:
+        files, _ = weight_files(folder)
+        if not files:
+            raise DsireError(f"--dataset={folder} holds neither parquet nor LoRA files ({' '.join(WEIGHT_ENDINGS)})")
+        return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files])
+    if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
+        files = sorted((folder / subset.replace("_", "/")).glob("*.parquet"))
+    if folder != SHIPPED or not subset or not files:
+        cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
+        names = [path.relative_to(folder).as_posix() for path in parquet]
+        subset, names = files_of_subset(f"dataset {folder}", cards, names, subset)
+        files = [folder / name for name in names]
+    return Source(str(folder), subset, "", [shard_on_disk(file) for file in files])
+
+
+def shard_on_disk(file: Path) -> Shard:
+    parts = [part for part in (file, file.with_name("adapter_config.json")) if part.is_file()]  # both decide BA
+    etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
+    return Shard(str(file.absolute()), file.stat().st_size, etag)
+
+
+CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
+
+
+def files_of_subset(what: str, cards: dict[str, Path], names: list[str], subset: str | None) -> tuple[str, list[str]]:
+    """The subset's name, and which of the parquet files are its: `datasets` reads the configs and their patterns.
+
+    It is shown a folder of links and of empty files, so that whatever else lies in the dataset (a script, images), or
+    how the dataset's path is spelt, makes no difference; and that the Hub is asked by huggingface_hub alone.
+
+    Raises:
+        DsireError: an unknown subset (with the list of those that exist), or a subset without parquet files.
+    """
+    with hub_errors(what), tempfile.TemporaryDirectory() as place:
+        import datasets
+
+        datasets.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        view = Path(place).resolve() / "dataset"
+        for name in names:
+            (view / name).parent.mkdir(parents=True, exist_ok=True)
+            (view / name).touch()
+        for name, card in cards.items():
+            (view / name).write_bytes(card.read_bytes())
         try:
-            state = patiently(hub_commit, dataset, revision)
-        except HubUnreachable as error:
-            if not known:
-                raise
-            state = known[0]
-            notes.append(f"{error}; going on with commit {known[1].commit[:12]}, as found before")
-    if known and known[0] == state:
-        return known[1], notes
-    source = patiently(resolve, dataset, subset, None if local else state)
-    write_whole(note, json.dumps({"state": state, **asdict(source)}, indent=1).encode("utf-8", "backslashreplace"))
-    return source, notes
-
-
-def lora_folder(folder: Path) -> Source:
-    """A folder of LoRA files as a subset of its own, one file a shard."""
-    files, _ = weight_files(folder)
-    if not files:
-        raise DsireError(f"--dataset={folder} holds neither parquet nor LoRA files ({' '.join(WEIGHT_ENDINGS)})")
-    shards = []
-    for file in files:
-        parts = [part for part in (file, file.with_name("adapter_config.json")) if part.is_file()]  # both decide BA
-        etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
-        shards.append(Shard(str(file), file.stat().st_size, etag))
-    return Source(str(folder), folder.resolve().name, "", shards)
-
-
-def read_source(note: Path) -> tuple[str, Source] | None:
-    try:
-        saved = json.loads(note.read_text())
-        state = saved.pop("state")
-        return state, Source(**{**saved, "shards": [Shard(**shard) for shard in saved["shards"]]})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not written by this version
-        return None
-
-
-def folder_state(folder: Path) -> str:
-    """A digest of the names, lengths and times of the files that decide what a folder holds."""
-    files = sorted([*folder.rglob("*.parquet"), *folder.glob("*.md"), *folder.glob(".*.yaml")])
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode("utf-8", "backslashreplace")).hexdigest()
+            configs = datasets.get_dataset_config_names(str(view))
+            if subset is None and len(configs) > 1:
+                raise DsireError(f"{what} has several subsets: choose one with --subset: {' '.join(configs)}")
+            if subset is not None and subset not in configs:
+                raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
+            builder = datasets.load_dataset_builder(str(view), subset or configs[0], cache_dir=place)
+        except DsireError:
+            raise
+        except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
+            reason = re.sub(r" with any supported extension.*", "", shown(error)).replace(str(view), "it")
+            raise DsireError(f"{what} has no data to read: {reason}") from error
+        files = [Path(file) for split in (builder.config.data_files or {}).values() for file in split]
+        if not files:
+            raise DsireError(f"{what}: subset {builder.config.name} has no parquet")
+        return builder.config.name, [file.relative_to(view).as_posix() for file in files]
 
 
 class HubUnreachable(DsireError):
@@ -1500,153 +1669,122 @@ class HubBusy(HubUnreachable):
     """The Hub, or the way to it, failed in a way that may pass: worth another try."""
 
 
-def http_status(error: BaseException | None) -> int:
-    """The status of the Hub's answer that an error comes from, 0 if none does."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return int(error.response.status_code)
-        error = error.__cause__ or error.__context__
-    return 0
+# What a user can have set that keeps huggingface_hub from the Hub, or from its own files
+SETTINGS = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+PROXIES = ("https_proxy", "http_proxy", "all_proxy")
 
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub and datasets raise into one line that says what to do."""
-    from huggingface_hub import constants, errors
-
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of httpx, or httpx2: it depends on the version
-    reach = f"{what}: {constants.ENDPOINT} can't be reached"
+    """Whatever huggingface_hub and datasets raise, when they are imported too, in one line that says what to do."""
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise DsireError(f"{what} is gated: ask for access on its page, then set HF_TOKEN to your token") from error
-    except errors.RevisionNotFoundError as error:
-        raise DsireError(f"{what} has no such --revision; give one of its branches, tags or commits") from error
-    except errors.RepositoryNotFoundError as error:
-        message = f"{what} was not found on {constants.ENDPOINT}: check the name, and set HF_TOKEN if it is private"
-        raise DsireError(message) from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise DsireError(f"{what} is listed but not there ({first_line(error)}); try another --revision") from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-            raise HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it") from error
-        if status := http_status(error):
-            raise HubBusy(f"{what}: the Hub answers with HTTP {status}; try again later") from error
-        raise HubUnreachable(f"{reach} ({first_line(error)}): check the network, or HF_ENDPOINT") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise DsireError(f"{what}: the Hub refused the token (HTTP {status}); check HF_TOKEN") from error
-        raise HubBusy(f"{what}: the Hub answers with HTTP {status}; try again later") from error
-    except ValueError as error:  # of datasets and huggingface_hub, about what they were given or what came back
-        raise DsireError(f"{what} can't be used: {first_line(error)}") from error
-    except (http_error, ConnectionError, TimeoutError) as error:
-        kind = HubBusy if type(error).__name__ in ("ReadError", "RemoteProtocolError") else HubUnreachable
-        raise kind(f"{reach} ({first_line(error)}): check the network, or HF_ENDPOINT") from error
+    except (DsireError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        raise hub_error(what, error) from error
 
 
-def patiently(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call, and call again after 1 and 5 seconds while the Hub is busy; huggingface_hub retries only some requests."""
-    for wait in (1, 5):
+def hub_error(what: str, error: Exception) -> DsireError:
+    """The line for an error of the Hub, or of the way to it."""
+    names = (*SETTINGS, *PROXIES, *map(str.upper, PROXIES))
+    settings = [name for name in names if os.environ.get(name)]
+    look = f"check the network{' and ' if settings else ', or set HF_ENDPOINT'}{', '.join(settings)}"
+    try:
+        from huggingface_hub import constants, errors
+    except Exception:
+        return HubUnreachable(f"{what}: huggingface_hub can't be used ({shown(error)}): {look}")
+    hub = constants.ENDPOINT
+    causes = [error, error.__cause__ or error.__context__]
+    status = next((int(its.response.status_code) for its in causes if isinstance(its, errors.HfHubHTTPError)), 0)
+    if isinstance(error, errors.GatedRepoError):
+        return DsireError(f"{what} is gated: ask for access on its page, then set HF_TOKEN to your token")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DsireError(f"{what} has no such --revision; give one of its branches, tags or commits")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return DsireError(f"{what} was not found on {hub}: check the name, and set HF_TOKEN if it is private")
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return DsireError(f"{what} is listed but not there ({shown(error)}); try another --revision")
+    if any(isinstance(its, errors.OfflineModeIsEnabled) for its in causes):
+        return HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it")
+    if status in (401, 403):
+        return DsireError(f"{what}: the Hub refused the token (HTTP {status}); check HF_TOKEN")
+    if status:
+        return HubBusy(f"{what}: the Hub answers with HTTP {status}; try again later")
+    kind = HubBusy if type(error).__name__ in ("ReadError", "RemoteProtocolError") else HubUnreachable
+    return kind(f"{what}: {hub} can't be reached ({shown(error)}): {look}")
+
+
+def ask_hub(what: str, question: Callable[[Any], T]) -> T:
+    """What a question, a function of HfApi, is answered; asked again after 1 and 5 seconds while the Hub is busy."""
+    for wait in (1, 5, 0):
         try:
-            return call(*arguments)
-        except HubBusy:
+            with hub_errors(what):
+                import huggingface_hub
+
+                huggingface_hub.logging.set_verbosity_error()
+                if not sys.stderr.isatty():
+                    huggingface_hub.utils.disable_progress_bars()
+                # some requests would wait for a silent server for ever: they get the time that its downloads have
+                huggingface_hub.get_session().timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+                return question(huggingface_hub.HfApi())
+        except HubBusy as error:
+            if not wait:
+                raise
+            print(f"{error}; asking again", file=sys.stderr)
             time.sleep(wait)
-    return call(*arguments)
+    raise AssertionError
 
 
-def prepare_libraries() -> None:
-    """What huggingface_hub has to say comes as exceptions; its progress bars are for a person who watches.
+def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> tuple[Source, list[str]]:
+    """The files of a subset on the Hub, with their SHA-256.
 
-    Some of its requests would wait for a silent server for ever: they get the time that it gives its downloads.
+    The answer is kept in the cache, and asked for again only when the dataset's commit has changed: a second run
+    doesn't need the network.
     """
-    import huggingface_hub
-    from huggingface_hub.utils._http import default_client_factory
+    what = f"dataset {dataset}" + (f" at revision {revision}" if revision else "")
+    digest = hashlib.sha256(json.dumps([dataset, revision, subset]).encode()).hexdigest()[:16]
+    note = cache / "sources" / f"{digest}.json"
+    known = read_source(note)
+    if known and revision == known.commit:
+        return known, []
+    try:
+        info = ask_hub(what, lambda api: api.dataset_info(dataset, revision=revision, timeout=30))
+    except HubUnreachable as error:
+        if not known:
+            raise
+        return known, [f"{error}; going on with commit {known.commit[:12]}, as found before"]
+    if known and known.commit == info.sha:
+        return known, []
 
-    def client_with_a_limit() -> Any:
-        client: Any = default_client_factory()
-        client.timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
-        ask = client.request
+    def listed(api: Any) -> dict[str, Any]:
+        tree = api.list_repo_tree(info.id, repo_type="dataset", revision=info.sha, recursive=True)
+        return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}  # a folder has none
 
-        def request(*arguments: Any, **options: Any) -> Any:
-            options["timeout"] = options.get("timeout") or client.timeout
-            return ask(*arguments, **options)
+    def fetched_card(name: str) -> Path:
+        fetched = {"repo_type": "dataset", "revision": info.sha, "cache_dir": cache / "hub"}
+        return ask_hub(what, lambda api: Path(api.hf_hub_download(info.id, name, **fetched)))
 
-        client.request = request
-        return client
-
-    huggingface_hub.set_client_factory(client_with_a_limit)
-    huggingface_hub.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-
-
-def hub_commit(dataset: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-
-    prepare_libraries()
-    with hub_errors(f"dataset {dataset}" + (f" at revision {revision}" if revision else "")):
-        commit = HfApi().dataset_info(dataset, revision=revision, timeout=30).sha
-    assert commit is not None
-    return commit
+    with disk_errors(cache):
+        files = ask_hub(what, listed)
+        cards = {name: fetched_card(name) for name in CARDS if name in files}
+        parquet = [name for name in files if name.endswith(".parquet")]
+        subset, names = files_of_subset(what, cards, parquet, subset)
+    facts = [files[name] for name in names]
+    shards = [Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id) for fact in facts]
+    source = Source(info.id, subset, info.sha, shards)
+    write_json(note, asdict(source))
+    return source, []
 
 
-def resolve(dataset: str, subset: str | None, commit: str | None) -> Source:
-    """Let `datasets` read the README's configs and find a config's files, in a folder or at a commit of the Hub.
-
-    Raises:
-        DsireError: an unknown subset (with the list of those that exist), or a subset without parquet files.
-    """
-    import datasets
-    import yaml
-    from huggingface_hub import HfApi, HfFileSystem
-    from huggingface_hub.hf_api import RepoFile
-
-    datasets.logging.set_verbosity_error()
-    prepare_libraries()
-    what = f"dataset {dataset}"
-    with hub_errors(what):
-        try:
-            configs = datasets.get_dataset_config_names(dataset, revision=commit)
-            if subset is None and len(configs) > 1:
-                raise DsireError(f"{what} has several subsets: choose one with --subset: {' '.join(configs)}")
-            if subset is not None and subset not in configs:
-                raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
-            builder = datasets.load_dataset_builder(dataset, subset or configs[0], revision=commit)
-        except yaml.YAMLError as error:
-            raise DsireError(f"{what}: the header of its README.md is not YAML ({first_line(error)})") from error
-        except FileNotFoundError as error:  # DatasetNotFoundError is one, too
-            reason = re.sub(r" with any supported extension.*", "", first_line(error))  # a list of a hundred
-            if status := http_status(error):
-                raise HubBusy(f"{what}: the Hub answers with HTTP {status}; try again later") from error
-            if "gated" in reason:
-                reason += "; set HF_TOKEN to a token of an account that has access"
-            raise DsireError(f"{what} has no data to read: {reason}") from error
-        files = [file for split in (builder.config.data_files or {}).values() for file in split]
-        wrong = [file for file in files if not file.endswith(".parquet")]
-        if wrong or not files:
-            found = f"{Path(wrong[0]).name}, which is not" if wrong else "no"
-            raise DsireError(f"{what}: subset {builder.config.name} has {found} parquet")
-        column = next((column for column in builder.info.features or {} if column not in ("label", "name")), "")
-        if commit is None:
-            stats = [(str(file), Path(file).stat()) for file in files]
-            shards = [Shard(file, stat.st_size, f"mtime-{stat.st_mtime_ns}") for file, stat in stats]
-            return Source(dataset, builder.config.name, "", shards, column)
-        repository, paths = dataset, []
-        for file in files:
-            place: Any = HfFileSystem().resolve_path(file)
-            repository = place.repo_id
-            paths.append(place.path_in_repo)
-        facts = HfApi().get_paths_info(repository, paths, repo_type="dataset", revision=commit)
-    shards = [
-        Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id)
-        for fact in facts
-        if isinstance(fact, RepoFile)
-    ]
-    shards.sort(key=lambda shard: paths.index(shard.file))
-    return Source(repository, builder.config.name, commit, shards, column)
+def read_source(note: Path) -> Source | None:
+    try:
+        saved = json.loads(note.read_text())
+        return Source(**{**saved, "shards": [Shard(**shard) for shard in saved["shards"]]})
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not written by this version
+        return None
 
 
 def fetch(source: Source, shard: Shard, cache: Path) -> Path:
@@ -1657,28 +1795,22 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
     """
     if not source.commit:
         return Path(shard.file)
-    from huggingface_hub import hf_hub_download
-
-    prepare_libraries()
     folder = cache / "downloads" / source.dataset.replace("/", "--")
     for half in (folder / ".cache").rglob(f"*{shard.etag}*.incomplete"):  # of a run that was killed: it is not resumed
         half.unlink(missing_ok=True)
-    with hub_errors(f"{shard.file} of dataset {source.dataset}"), disk_errors(folder):
+    options = {"repo_type": "dataset", "revision": source.commit, "local_dir": folder}
+    what = f"{shard.file} of dataset {source.dataset}"
+    with disk_errors(folder):
         for again in (False, True):
-            path = Path(
-                hf_hub_download(
-                    source.dataset,
-                    shard.file,
-                    repo_type="dataset",
-                    revision=source.commit,
-                    local_dir=folder,
-                    force_download=again,
-                )
-            )
+
+            def download(api: Any, again: bool = again) -> Path:
+                return Path(api.hf_hub_download(source.dataset, shard.file, force_download=again, **options))
+
+            path = ask_hub(what, download)
             if is_whole(path, shard):
                 return path
-    path.unlink()
-    raise DsireError(f"{shard.file} of dataset {source.dataset} was damaged on its way, twice: try again later")
+        path.unlink()
+    raise DsireError(f"{what} was damaged on its way, twice: try again later")
 
 
 def is_whole(path: Path, shard: Shard) -> bool:
@@ -1692,34 +1824,35 @@ def is_whole(path: Path, shard: Shard) -> bool:
         return sha_fileobj(file).hex() == shard.etag
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache of spectra, and who computes what is not in it
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Say which path can't be written, and that what was computed is kept."""
     try:
         yield
-    except (ConnectionError, TimeoutError):  # of the network, though Python counts them as OSError
-        raise
     except OSError as error:
-        if error.errno is None:  # huggingface_hub's own, not the system's
-            raise
         raise DsireError(
-            f"{path} can't be written ({error.strerror}): free the disk or choose another place; "
+            f"{path} can't be written ({error.strerror or shown(error)}): free the disk or choose another place; "
             "nothing that was computed is lost"
         ) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | str) -> None:
     """Write under a temporary name, then rename: a file that carries its name is whole.
 
     Raises:
         DsireError: the disk is full, or the path can't be written.
     """
     half = path.with_name(f".{path.name}.{os.getpid()}.half")
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with half.open("wb") as file:
-                file.write(content)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             half.replace(path)
@@ -1727,15 +1860,18 @@ def write_whole(path: Path, content: bytes) -> None:
             half.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
 def cache_key(shard: Shard, rank: int) -> str:
     """What spectra were computed from: they are used again only for the same."""
-    content = {"format": CACHE_FORMAT, "file": shard.file, "size": shard.size, "etag": shard.etag, "rank": rank}
-    return json.dumps(content, sort_keys=True)
+    return json.dumps({"format": CACHE_FORMAT, "rank": rank, **asdict(shard)}, sort_keys=True)
 
 
 def spectra_file(shard: Shard, rank: int, cache: Path) -> Path:
     digest = hashlib.sha256(cache_key(shard, rank).encode("utf-8", "backslashreplace")).hexdigest()[:16]
-    return cache / "spectra" / f"{Path(shard.file).stem}-{digest}.safetensors"
+    return cache / "spectra" / f"{Path(shard.file).stem[:40]}-{digest}.safetensors"
 
 
 def save_spectra(spectra: Spectra, shard: Shard, rank: int, cache: Path) -> None:
@@ -1762,152 +1898,145 @@ def load_spectra(shard: Shard, rank: int, cache: Path) -> Spectra | None:
         return None
 
 
-def fetched_ahead(
-    source: Source, shards: list[Shard], rank: int, cache: Path
-) -> Iterator[tuple[Shard, Path | Spectra, Callable[[], None]]]:
-    """Each shard locked, with its path, or its spectra if another run has computed them, and a function to unlock it.
-
-    The next shard is downloaded while the caller works on the one it has. The thread is a daemon: an error or Ctrl-C
-    ends the script at once. Runs on one cache lock shards in the same order, so none waits for another in a circle.
-    """
+@contextmanager
+def locked(shard: Shard, rank: int, cache: Path) -> Iterator[None]:
+    """No other run computes this shard meanwhile; where the disk knows no locks both do, which is no harm."""
     from filelock import FileLock, Timeout
 
-    turns: queue.Queue[Shard | None] = queue.Queue()
-    ready: queue.Queue[tuple[Path | Spectra, Callable[[], None]] | BaseException] = queue.Queue()
-
-    def prepare(shard: Shard) -> tuple[Path | Spectra, Callable[[], None]]:
-        place = spectra_file(shard, rank, cache).with_suffix(".lock")
-        with disk_errors(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(place, thread_local=False)  # taken here, released by the caller's thread
-            try:
-                lock.acquire(timeout=2)
-            except Timeout:
-                print(f"waiting for another run, which is at {Path(shard.file).name}", file=sys.stderr)
-                lock.acquire()
+    place = spectra_file(shard, rank, cache).with_suffix(".lock")
+    lock = FileLock(place, thread_local=False)  # taken in one thread, released in another
+    with disk_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=2)
+        except Timeout:
+            print(f"waiting for another run, which is at {Path(shard.file).name}", file=sys.stderr)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"{place.parent} knows no locks ({shown(error)}): going on without", file=sys.stderr)
+    try:
         for half in place.parent.glob(f".{place.stem}.*.half"):  # of a run that was killed as it wrote
             half.unlink(missing_ok=True)
-        try:
-            found = load_spectra(shard, rank, cache)
-            return (patiently(fetch, source, shard, cache) if found is None else found), lock.release
-        except BaseException:
-            lock.release()
-            raise
-
-    def prepare_all() -> None:
-        while (shard := turns.get()) is not None:
-            try:
-                ready.put(prepare(shard))
-            except BaseException as error:  # it belongs to the caller, who raises it
-                ready.put(error)
-        while not ready.empty():
-            left = ready.get()
-            if not isinstance(left, BaseException):
-                left[1]()
-
-    threading.Thread(target=prepare_all, daemon=True).start()
-    for shard in shards[:1]:
-        turns.put(shard)
-    try:
-        for number, shard in enumerate(shards):
-            answer = ready.get()
-            if isinstance(answer, BaseException):
-                raise answer
-            for following in shards[number + 1 : number + 2]:
-                turns.put(following)
-            yield shard, *answer
+        yield
     finally:
-        turns.put(None)  # the thread ends after what it is at, and unlocks what nobody takes
+        lock.release()
 
 
-def process_rank() -> int:
-    return torch.distributed.get_rank() if process_count() > 1 else 0
+def in_background(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Call in a thread that the end of the script doesn't wait for: Ctrl-C ends a download at once."""
+    future: Future[T] = Future()
 
-
-def process_count() -> int:
-    """How many processes torchrun started for this run; 1 without it."""
-    import torch.distributed
-
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def wait_for_all_processes() -> None:
-    if process_count() > 1:
-        torch.distributed.barrier()
-
-
-def join_processes() -> None:
-    """Under torchrun (or a launcher that sets the same variables) make this process one of a group."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return
-    from datetime import timedelta
-
-    import torch.distributed
-
-    # gloo: all that is exchanged is who is ready; a subset can take hours, and a dead process ends the others anyway
-    try:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    except (ValueError, RuntimeError) as error:
-        message = f"WORLD_SIZE is set, but no group of processes can be made ({first_line(error)}): start with torchrun"
-        raise DsireError(message) from error
-
-
-def told_by_the_first(function: Callable[[], Any]) -> Any:
-    """What `function` returns, or raises, in the first process, in all of them."""
-    answer: list[Any] = [None, None]
-    if process_rank() == 0:
+    def work() -> None:
         try:
-            answer[0] = function()
-        except DsireError as error:
-            answer[1] = error
-    if process_count() > 1:
-        torch.distributed.broadcast_object_list(answer)
-    if answer[1]:
-        if process_rank():
-            sys.exit(2)  # the first process says why
-        raise answer[1]
-    return answer[0]
+            future.set_result(function(*arguments))
+        except BaseException as error:  # it belongs to the caller, who gets it with the result
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
-def subset_spectra(source: Source, rank: int, cache: Path, device: str = "cpu", keep_shards: bool = False) -> Spectra:
+class Process(NamedTuple):
+    """This process among those that torchrun (or a launcher that sets the same variables) started."""
+
+    rank: int = 0
+    of: int = 1
+
+    @classmethod
+    def join(cls) -> Process:
+        """Become one of the group."""
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count < 2:
+            return cls()
+        from datetime import timedelta
+
+        import torch.distributed
+
+        # gloo: all that is told is who is ready; a subset can take hours, and a dead process ends the others anyway
+        try:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        except (ValueError, RuntimeError) as error:
+            message = f"WORLD_SIZE is set, but no group of processes can be made ({shown(error)}): start with torchrun"
+            raise DsireError(message) from error
+        return cls(torch.distributed.get_rank(), count)
+
+    def wait_for_others(self) -> None:
+        """Until all have come this far; a process that ended before has said why, and ends this one."""
+        if self.of > 1:
+            try:
+                torch.distributed.barrier()
+            except RuntimeError:
+                sys.exit(2)
+
+
+def subset_spectra(
+    source: Source,
+    rank: int,
+    cache: Path,
+    device: str = "cpu",
+    keep_shards: bool = False,
+    process: Process = Process(),  # noqa: B008 (it can't be changed)
+) -> Spectra:
     """The spectra of a whole subset: from the cache, and for the shards that it lacks from their parquet.
 
     Each shard's spectra are written before its download is deleted, so that a run that is killed goes on at its shard.
-    Under torchrun each process computes its own share of the shards, and waits until all are there.
+    Under torchrun each process computes its own shards, and waits until all are there.
 
     Raises:
         DsireError: a shard can't be had or read, or its spectra can't be written.
         KeyboardInterrupt: Ctrl-C; its message says how far the run came.
     """
-    from tqdm import tqdm
-
-    if is_lora_folder(source):
+    if source.shards[0].is_lora:
         return folder_spectra(source, cache)
     shards = source.shards
-    missing = told_by_the_first(lambda: [shard for shard in shards if load_spectra(shard, rank, cache) is None])
-    own = missing[process_rank() :: process_count()]
-    done = len(shards) - len(missing)
-    with tqdm(total=done + len(own), initial=done, unit="shard", disable=None) as progress:
-        try:
-            for shard, found, unlock in fetched_ahead(source, own, rank, cache):
-                progress.set_description(Path(shard.file).name)
-                try:
-                    if isinstance(found, Path):
-                        save_spectra(shard_spectra(found, rank, device), shard, rank, cache)
-                        if source.commit and not keep_shards:
-                            found.unlink(missing_ok=True)
-                finally:
-                    unlock()
-                done += 1
-                progress.update()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{done} of {len(shards)} shards are done") from None
-    wait_for_all_processes()
-    found_all = [load_spectra(shard, rank, cache) for shard in shards]
-    for shard, spectra in zip(shards, found_all, strict=True):
+    found = {shard: load_spectra(shard, rank, cache) for shard in shards[process.rank :: process.of]}
+    missing = [shard for shard, spectra in found.items() if spectra is None]
+    try:
+        compute_spectra(source, missing, rank, cache, device, keep_shards)
+    except KeyboardInterrupt:
+        there = sum(load_spectra(shard, rank, cache) is not None for shard in shards)
+        raise KeyboardInterrupt(f"{there} of {len(shards)} shards are done") from None
+    process.wait_for_others()
+    parts = [found.get(shard) or load_spectra(shard, rank, cache) for shard in shards]
+    for shard, spectra in zip(shards, parts, strict=True):
         if spectra is None:
             raise DsireError(f"the spectra of {shard.file} are not in {cache}: run the same command again")
-    return join_shards([spectra for spectra in found_all if spectra is not None], [shard.file for shard in shards])
+    return join_shards([spectra for spectra in parts if spectra is not None], [shard.file for shard in shards])
+
+
+def compute_spectra(
+    source: Source, shards: list[Shard], rank: int, cache: Path, device: str, keep_shards: bool
+) -> None:
+    """Compute and save the spectra of shards, one by one, while the next one is fetched.
+
+    A shard is locked from before it is fetched until its spectra are saved. Runs on one cache lock shards in the same
+    order, so none waits for another in a circle.
+    """
+    from tqdm import tqdm
+
+    def prepare(shard: Shard) -> tuple[ExitStack, Path | None]:
+        """Lock a shard, and fetch it unless another run has computed it meanwhile."""
+        with ExitStack() as held:
+            held.enter_context(locked(shard, rank, cache))
+            path = fetch(source, shard, cache) if load_spectra(shard, rank, cache) is None else None
+            return held.pop_all(), path
+
+    left = iter(shards)
+    coming = [in_background(prepare, shard) for shard in islice(left, 1)]
+    try:
+        for shard in tqdm(shards, unit="shard", disable=None if shards else True):
+            held, path = coming.pop().result()
+            with held:
+                coming = [in_background(prepare, following) for following in islice(left, 1)]
+                if path:
+                    save_spectra(shard_spectra(path, rank, device), shard, rank, cache)
+                    if source.commit and not keep_shards:
+                        path.unlink(missing_ok=True)
+    finally:
+        for unused in coming:
+            unused.add_done_callback(lambda its: None if its.exception() else its.result()[0].close())
 
 
 def cached_file_spectra(shard: Shard, cache: Path) -> Spectra:
@@ -1926,24 +2055,13 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
     Raises:
         DsireError: metadata.csv can't be read, no file has a size, or no layer is in all of them.
     """
-    from tqdm import tqdm
-
     folder = Path(source.dataset)
     _, notes = weight_files(folder)
     labels = metadata_csv(folder / "metadata.csv")
-    with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = [pool.submit(cached_file_spectra, shard, cache) for shard in source.shards]
-        try:
-            files = []
-            for run in tqdm(runs, unit="file", disable=None):
-                files.append(run.result())
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{len(files)} of {len(runs)} files are done") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    files = in_parallel(lambda shard: cached_file_spectra(shard, cache), source.shards, unit="file")
     known = []
     for shard, file in zip(source.shards, files, strict=True):
-        name = Path(shard.file).relative_to(folder).as_posix()
+        name = Path(shard.file).relative_to(folder.absolute()).as_posix()
         size, micro_dataset = labels.pop(name, (0, name)) if labels is not None else (int(file.sizes[0]), name)
         notes += [f"{name}: {note}" for note in file.notes]
         if size:
@@ -1963,10 +2081,8 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
         notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
     voters = [voter for voter in known[0].voters if voter.layer in set(common)]
     rank = max(shapes[0][layer][2] for layer in common)
-    values = [file.of_voters(voters).values for file in known]
-    padded = [torch.nn.functional.pad(value, (0, rank - min(rank, value.shape[-1])))[..., :rank] for value in values]
     return Spectra(
-        torch.cat(padded, dim=1),
+        torch.cat([of_rank(file.of_voters(voters).values, rank) for file in known], dim=1),
         torch.cat([file.sizes for file in known]),
         [name for file in known for name in file.names],
         voters,
@@ -1987,17 +2103,19 @@ def metadata_csv(path: Path) -> dict[str, tuple[int, str]] | None:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
-        raise DsireError(f"{path} can't be read ({first_line(error)})") from error
+        raise DsireError(f"{path} can't be read ({shown(error)})") from error
     labels: dict[str, tuple[int, str]] = {}
     for row in rows:
         if row.get("file_name") is None or "label" not in row:
             raise DsireError(f"{path} needs the columns file_name and label, in every row, and may have name")
         name, label = Path(row["file_name"]).as_posix(), (row["label"] or "").strip()
-        if not (label.isascii() and label.isdecimal() and 0 < int(label[:17]) < 2**53 and len(label) < 17):
-            raise DsireError(f"{path}: the label of {name} is {shown(label)!r}, not a whole number from 1 up")
+        try:
+            size = positive(label)
+        except argparse.ArgumentTypeError as error:
+            raise DsireError(f"{path}: the label of {name}: {error}") from None
         if name in labels:
             raise DsireError(f"{path} lists {name} twice")
-        labels[name] = (int(label), row.get("name") or name)
+        labels[name] = (size, row.get("name") or name)
     return labels
 
 
@@ -2007,31 +2125,39 @@ def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
     Raises:
         DsireError: there is no such file, folder or repository, or no weight file in it.
     """
-    path = Path(item)
+    path = Path(item).expanduser()
     if item and path.is_file():
         return [path], []
-    if not item or not path.exists():
+    here = bool(item) and path.exists()
+    if not here:
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", item)
         if not match or match[1].endswith(WEIGHT_ENDINGS):
             raise DsireError(f"{item or 'an empty name'}: no such file or folder")
-        from huggingface_hub import hf_hub_download, snapshot_download
-
-        prepare_libraries()
         repository, name = match[1], match[2]
-        with hub_errors(item), disk_errors(cache / "hub"):
+        place = cache / "hub"
+        patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
+        with disk_errors(place):
             if name:
-                return [Path(hf_hub_download(repository, name, cache_dir=cache / "hub"))], []
-            patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
-            path = Path(snapshot_download(repository, cache_dir=cache / "hub", allow_patterns=patterns))
+                return [Path(ask_hub(item, lambda api: api.hf_hub_download(repository, name, cache_dir=place)))], []
+            path = Path(
+                ask_hub(item, lambda api: api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns))
+            )
     files, notes = weight_files(path)
     if not files:
-        hint = "" if Path(item).exists() else "; name a pickle as user/name:file.bin"
+        hint = "" if here else "; name a pickle as user/name:file.bin"
         raise DsireError(f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}")
     return files, notes
 
 
-def is_lora_folder(source: Source) -> bool:
-    return source.shards[0].file.lower().endswith(WEIGHT_ENDINGS)
+def positive(text: str) -> int:
+    """A whole number from 1 up.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    if not re.fullmatch("[0-9]{1,16}", text) or not 1 <= int(text) < 2**53:
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a whole number from 1 up")
+    return int(text)
 
 
 def rank_of(source: Source, rank: int | None) -> int:
@@ -2040,30 +2166,31 @@ def rank_of(source: Source, rank: int | None) -> int:
     Raises:
         DsireError: neither says it, or they contradict each other.
     """
-    if is_lora_folder(source):
+    if source.shards[0].is_lora:
         return 0  # such files say it themselves, layer by layer
     match = re.fullmatch(r"[a-z]+_(\d+)(_\d+)?", source.subset)
     named = int(match[1]) if match else None
     if rank is None and named is None:
         raise DsireError(f"subset {source.subset} doesn't have the rank in its name: give it with --rank")
     if rank is not None and named is not None and rank != named:
-        column = f" (column {source.column})" if source.column else ""
-        raise DsireError(f"--rank={rank} contradicts the name of subset {source.subset}, whose rank is {named}{column}")
+        raise DsireError(f"--rank={rank} contradicts the name of subset {source.subset}, whose rank is {named}")
     return rank or named or 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report
+# The report: what is printed, as lines, and what is written for programs
 
 
-def describe(spectra: Spectra, settings: dict[str, Any]) -> str:
+def describe(spectra: Spectra, settings: dict[str, Any], notes: list[str], *more: str) -> list[str]:
+    """What the labelled models are, and what is to be said of them."""
     sizes = " ".join(str(size) for size in spectra.sizes.unique().tolist())
-    micro_datasets = len(spectra.micro_datasets())
     kind = kind_of_model({voter.layer: spectra.shapes[voter.layer] for voter in spectra.voters})
-    return (
-        f"{settings['subset']}: {len(spectra.names)} models, {micro_datasets} micro-datasets, sizes {sizes}\n"
-        f"{kind}; matrices {' '.join(settings['matrices'])}, so {len(spectra.voters)} voters"
-    )
+    return [
+        f"{settings['subset']}: {len(spectra.names)} models, {spectra.count} micro-datasets, sizes {sizes}",
+        f"{kind}; matrices {' '.join(settings['matrices'])}, so {len(spectra.voters)} voters",
+        *more,
+        *(f"note: {note}" for note in notes),
+    ]
 
 
 def summary_cells(values: Iterable[tuple[float, float]]) -> str:
@@ -2077,144 +2204,100 @@ def paper_values(settings: dict[str, Any]) -> dict[str, tuple[tuple[float, float
     return PAPER.get(settings["subset"], {}) if same else {}
 
 
-def print_report(spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]) -> None:
-    train_size, micro_datasets = settings["train_size"], len(spectra.micro_datasets())
-    print(describe(spectra, settings))
-    print(
-        f"{len(experiments)} experiments: {train_size} micro-datasets to train, {micro_datasets - train_size} to test"
-    )
-    for note in notes:
-        print(f"note: {note}")
-    predictor = settings["predictor"]
+def report_lines(
+    spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]
+) -> list[str]:
+    predictor, train_size = settings["predictor"], settings["train_size"]
+    protocol = f"{train_size} micro-datasets to train, {spectra.count - train_size} to test"
+    lines = describe(spectra, settings, notes, f"{len(experiments)} experiments: {protocol}")
+    lines += [f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}"]
+    lines += [f"{predictor:16}" + summary_cells(mean_and_std(experiments).values())]
     paper = paper_values(settings).get(predictor)
-    print(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}")
-    print(f"{predictor:16}" + summary_cells(mean_and_std(experiments).values()))
-    if paper:
-        print(f"{'paper':16}" + summary_cells(paper))
+    return [*lines, f"{'paper':16}" + summary_cells(paper)] if paper else lines
 
 
-def write_report(
-    output: Path,
-    spectra: Spectra,
-    experiments: list[Experiment],
-    settings: dict[str, Any],
-    notes: list[str],
-    details: dict[str, Any],
-) -> None:
-    """report.json and predictions.csv, for programs."""
-    summary = mean_and_std(experiments)
-    report = {
-        "settings": settings,
-        "versions": versions(),
-        "notes": notes,
-        "experiments": [{"mae": run.mae, "mape": run.mape, "accuracy": run.accuracy} for run in experiments],
-        "mean": {metric: mean for metric, (mean, _) in summary.items()},
-        "std": {metric: std for metric, (_, std) in summary.items()},
-        **details,
-    }
-    write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode("utf-8", "backslashreplace"))
-    table: list[list[Any]] = [["experiment", "name", "size", "predicted", "vote_share"]]
-    for number, run in enumerate(experiments, start=1):
-        shares = run.prediction.shares.max(-1).values.tolist()
-        for model, predicted, share in zip(run.test, run.prediction.sizes.tolist(), shares, strict=True):
-            table.append([number, spectra.names[model], int(spectra.sizes[model]), predicted, f"{share:.4f}"])
-    write_table(output / "predictions.csv", table)
-
-
-def print_comparison(runs: dict[str, list[Experiment]], paper: dict[str, tuple[tuple[float, float], ...]]) -> None:
-    """One table of predictors and matrices: the metrics, the difference of the MAE to dsire's, the paper's values."""
-    print(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>18}", end="")
-    print(f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")
-    for name, experiments in runs.items():
-        differences = torch.tensor([one.mae - other.mae for one, other in zip(experiments, runs["dsire"], strict=True)])
+def comparison_lines(
+    spectra: Spectra, tables: Tables, accuracies: Tensor, paper: dict[str, tuple[tuple[float, float], ...]]
+) -> list[str]:
+    """The tables of `--compare`: the first one with the difference of the MAE to dsire's, and the paper's values."""
+    rows = tables["compare"]
+    title = f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>18}"
+    lines = [title + (f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")]
+    for name, experiments in rows.items():
+        differences = torch.tensor([one.mae - other.mae for one, other in zip(experiments, rows["dsire"], strict=True)])
         error = float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
         cell = "" if name == "dsire" else f"{float(differences.mean()):+.3f} ± {error:.3f}"
-        print(f"{name:16}{summary_cells(mean_and_std(experiments).values())}{cell:>18}", end="")
-        print(summary_cells(paper[name]) if name in paper else "")
-    print("(± the standard deviation over experiments; for differences, the standard error of their mean)")
-
-
-def print_breakdown(title: str, rows: dict[str, list[Experiment]]) -> None:
-    print(f"\n{title:32}{'MAE':>16}{'accuracy %':>16}")
-    for name, experiments in rows.items():
-        summary = mean_and_std(experiments)
-        print(f"{name:32}" + summary_cells([summary["mae"], summary["accuracy"]]))
-
-
-def report_comparison(
-    spectra: Spectra, protocol: Protocol, paper: dict[str, tuple[tuple[float, float], ...]]
-) -> dict[str, Any]:
-    """Run and print all comparisons; returns them as they go into report.json."""
-    runs = compare(spectra, protocol)
-    print_comparison(runs, paper)
-    growth = by_train_size(spectra, dsire, protocol)
-    print_breakdown("dsire by training micro-datasets", growth)
-    sizes = by_size(spectra, runs["dsire"])
-    print_breakdown("dsire by dataset size", sizes)
-    unseen = {
-        name: unseen_sizes(spectra, predictor, protocol)
-        for name, predictor in PREDICTORS.items()
-        if name in ("dsire", "log-ridge", "log-regression")
-    }
-    if all(unseen.values()):
-        print(f"\n{'sizes that were left out':32}{'MAE':>16}{'MAPE %':>16}")
-        for name, experiments in unseen.items():
-            print(f"{name:32}" + summary_cells(list(mean_and_std(experiments).values())[:2]))
-    accuracies = by_layer(spectra, protocol)
-    blocks = by_block(spectra, accuracies)
-    print(f"\n{'accuracy of single voters':48}{'%':>8}")
-    for name, accuracy in sorted(blocks.items(), key=lambda item: -item[1]):
-        print(f"{'mean of ' + name:48}{accuracy:8.1f}")
+        line = f"{name:16}{summary_cells(mean_and_std(experiments).values())}{cell:>18}"
+        lines.append(line + (summary_cells(paper[name]) if name in paper else ""))
+    lines.append("(± the standard deviation over experiments; for differences, the standard error of their mean)")
+    lines += breakdown("dsire by training micro-datasets", tables["by_train_size"], "mae", "accuracy")
+    lines += breakdown("dsire by dataset size", tables["by_size"], "mae", "accuracy")
+    if tables["unseen_sizes"]:
+        lines += breakdown("sizes that were left out", tables["unseen_sizes"], "mae", "mape")
+    lines.append(f"\n{'accuracy of single voters':48}{'%':>8}")
+    for name, accuracy in sorted(by_block(spectra, accuracies).items(), key=lambda item: -item[1]):
+        lines.append(f"{'mean of ' + name:48}{accuracy:8.1f}")
     for row in accuracies.argsort(descending=True, stable=True)[:5].tolist():
-        print(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:77}{float(accuracies[row]):8.1f}")
-    tables = {"compare": runs, "by_train_size": growth, "by_size": sizes, "unseen_sizes": unseen}
-    return {
-        **{name: {row: mean_and_std(run) for row, run in table.items() if run} for name, table in tables.items()},
-        "by_layer": {" ".join(voter): value for voter, value in zip(spectra.voters, accuracies.tolist(), strict=True)},
-        "by_block": blocks,
-    }
+        lines.append(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:77}{float(accuracies[row]):8.1f}")
+    return lines
 
 
-def print_estimate(estimate: Estimate, confidence: float) -> None:
+def breakdown(title: str, rows: dict[str, list[Experiment]], *metric_names: str) -> list[str]:
+    """A table of two metrics."""
+    heads = {"mae": "MAE", "mape": "MAPE %", "accuracy": "accuracy %"}
+    summaries = {name: mean_and_std(experiments) for name, experiments in rows.items()}
+    head = "".join(f"{heads[metric]:>16}" for metric in metric_names)
+    cells = {name: summary_cells(its[metric] for metric in metric_names) for name, its in summaries.items()}
+    return [f"\n{title:32}{head}", *(f"{name:32}{cell}" for name, cell in cells.items())]
+
+
+def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
     votes = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
-    print(f"\n{estimate.file}: {estimate.estimate} image{'s' if estimate.estimate != 1 else ''}")
-    print("  votes     " + ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005))
+    lines = [f"\n{estimate.file}: {estimate.estimate} image{'s' if estimate.estimate != 1 else ''}"]
+    lines += ["  votes     " + ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005)]
     if estimate.alike:
         low, high, models, right = estimate.alike
-        print(
-            f"  like it   of {models:g} left-out models with {low:.0%} to {high:.0%} of the votes, {right:g} were right"
-        )
         members = " or ".join(str(size) for size in estimate.confidence_set) or "none of the sizes"
-        print(f"  so        {members}, with {confidence:.0%} confidence, if it is one of the labelled sizes")
+        lines += [
+            f"  like it   of {models:g} left-out models with {low:.0%} to {high:.0%} of the votes, "
+            f"{right:g} were right",
+            f"  so        {members}, with {confidence:.0%} confidence, if it is one of the labelled sizes",
+        ]
     if estimate.stated_size:
-        print(f"  stated    {estimate.stated_size}")
-    for warning in estimate.warnings:
-        print(f"  note      {warning}")
+        lines.append(f"  stated    {estimate.stated_size}")
+    return lines + [f"  note      {warning}" for warning in estimate.warnings]
 
 
-def write_estimates(output: Path, found: list[Estimate], settings: dict[str, Any], notes: list[str]) -> None:
-    """estimates.csv, one row a file, and the same in report.json."""
-    about = {"settings": settings, "versions": versions(), "notes": notes}
-    report = {**about, "estimates": [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]}
-    write_whole(output / "report.json", (json.dumps(report, indent=2) + "\n").encode("utf-8", "backslashreplace"))
-    table = [["file", "estimate", "vote_share", "confidence_set", "stated_size", "warnings"]]
-    for one in found:
-        members = " ".join(str(size) for size in one.confidence_set)
-        share = f"{max(one.votes.values()):.4f}"
-        row = [one.file, str(one.estimate), share, members, str(one.stated_size or ""), "; ".join(one.warnings)]
-        table.append(row)
-    write_table(output / "estimates.csv", table)
+def write_report(output: Path, settings: dict[str, Any], notes: list[str], details: dict[str, Any]) -> None:
+    """report.json: what was asked, of what, with which versions, and what was found."""
+    packages = ("torch", "numpy", "scikit-learn", "huggingface_hub", "datasets", "pyarrow", "safetensors")
+    versions = {"python": sys.version.split()[0], **{package: version(package) for package in packages}}
+    write_json(output / "report.json", {"settings": settings, "versions": versions, "notes": notes, **details})
 
 
 def write_table(path: Path, rows: list[list[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    write_whole(path, text.getvalue())
 
 
-def versions() -> dict[str, str]:
-    packages = ("torch", "numpy", "scikit-learn", "huggingface_hub", "datasets", "pyarrow", "safetensors")
-    return {"python": sys.version.split()[0], **{package: version(package) for package in packages}}
+def write_predictions(output: Path, spectra: Spectra, experiments: list[Experiment]) -> None:
+    """predictions.csv: a row for each test model of each experiment."""
+    table: list[list[Any]] = [["experiment", "name", "size", "predicted", "vote_share"]]
+    for number, run in enumerate(experiments, start=1):
+        shares = run.prediction.shares.max(-1).values.tolist()
+        for model, predicted, share in zip(run.test.tolist(), run.prediction.sizes.tolist(), shares, strict=True):
+            table.append([number, spectra.names[model], int(spectra.sizes[model]), predicted, f"{share:.4f}"])
+    write_table(output / "predictions.csv", table)
+
+
+def write_estimates(output: Path, found: list[Estimate]) -> None:
+    """estimates.csv: a row for each file."""
+    table: list[list[Any]] = [["file", "estimate", "vote_share", "confidence_set", "stated_size", "warnings"]]
+    for one in found:
+        members, share = " ".join(map(str, one.confidence_set)), f"{max(one.votes.values()):.4f}"
+        table.append([one.file, one.estimate, share, members, one.stated_size or "", "; ".join(one.warnings)])
+    write_table(output / "estimates.csv", table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2362,13 +2445,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
-
-
-def share(text: str) -> float:
+def between_0_and_1(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -2378,28 +2455,33 @@ def share(text: str) -> float:
     return number
 
 
+def folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def command_line() -> argparse.ArgumentParser:
+    protocol = Protocol()
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--subset", help="a config of the dataset, such as low_32 (default: the subset that ships with the script)")
+    add("--subset", help="a config of the dataset, such as low_32 (default: low_4, which ships with the script)")
     add("--rank", type=positive, help="the LoRA rank (default: the one in the subset's name)")
-    add("--dataset", help=f"Hub repository, or a folder of the same layout (default: {LORA_WISE})")
+    add("--dataset", help=f"Hub repository, a folder of the same layout, or one of LoRA files (default: {LORA_WISE})")
     add("--revision", help="branch, tag or commit of the Hub dataset")
-    add("--cache_dir", type=Path, default=Path(".cache/lora_wise"), help="for downloads and spectra (%(default)s)")
-    add("--seed", type=int, default=42, help="of the experiments' splits (%(default)s)")
-    add("--experiments", type=positive, default=10, help="how many (%(default)s)")
-    add("--train_size", type=positive, default=15, help="micro-datasets to train on (%(default)s)")
+    add("--cache_dir", type=folder, default=CACHE, help="for downloads and spectra (%(default)s)")
+    add("--seed", type=int, default=protocol.seed, help="of the experiments' splits (%(default)s)")
+    add("--experiments", type=positive, default=protocol.experiments, help="how many (%(default)s)")
+    add("--train_size", type=positive, default=protocol.train_size, help="micro-datasets to train on (%(default)s)")
     add("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="which ones vote (%(default)s)")
     add("--predictor", choices=PREDICTORS, default="dsire", help="what turns spectra into a size (%(default)s)")
     add("--device", help="cuda, cpu, ... (default: cuda if available)")
     add("--keep_shards", action="store_true", help="keep downloads after their spectra are computed")
-    add(
-        "--compare", action="store_true", help="all predictors and matrices, by size, training micro-datasets and layer"
-    )
+    add("--compare", action="store_true", help="all predictors and matrices, by size, training micro-datasets, layer")
     add("--plots", action="store_true", help="draw the paper's figures into --output")
     add("--predict", nargs="+", metavar="LORA", help="estimate for these files, folders or Hub repositories instead")
-    add("--confidence", type=share, default=0.9, help="of the set of sizes that --predict names (%(default)s)")
-    add("--output", type=Path, help="folder for report.json, and predictions.csv or estimates.csv")
+    add(
+        "--confidence", type=between_0_and_1, default=0.9, help="of the set of sizes that --predict names (%(default)s)"
+    )
+    add("--output", type=folder, help="folder for report.json, and predictions.csv or estimates.csv")
     return parser
 
 
@@ -2415,42 +2497,47 @@ def choose_device(name: str | None) -> str:
     try:
         torch.zeros(1, dtype=torch.float64, device=name).cpu()
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise DsireError(f"--device={name} can't be used here ({first_line(error)}); try --device=cpu") from error
+        raise DsireError(f"--device={name} can't be used here ({shown(error)}); try --device=cpu") from error
     return name
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Do what the arguments say; returns the exit code, 2 if some of what was asked could not be had."""
     notes: list[str] = []
-    if arguments.subset is None and arguments.dataset is None:
-        arguments.dataset, arguments.subset = str(SHIPPED), SHIPPED_SUBSET
-        notes.append("no --subset was given: this is the small subset that ships with the script")
     if arguments.predict and (arguments.compare or arguments.plots):
         raise DsireError("--compare and --plots are about the labelled models: leave them out with --predict")
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
-    join_processes()
+    if arguments.dataset is None and arguments.subset is None:
+        arguments.subset = SHIPPED_SUBSET
+        notes.append("no --subset was given: this is the small subset that ships with the script")
+    if arguments.dataset is None:
+        ships = (SHIPPED / arguments.subset.replace("_", "/")).is_dir()
+        arguments.dataset = str(SHIPPED) if ships else LORA_WISE
+    process, cache = Process.join(), arguments.cache_dir
     asked: list[Path] = []
-    refused = 0
-    for item in arguments.predict or [] if process_rank() == 0 else []:  # before a subset is fetched for nothing
+    refused = []
+    for item in arguments.predict or [] if process.rank == 0 else []:  # before a subset is fetched for nothing
         try:
-            files, left_out = files_to_predict(item, arguments.cache_dir)
+            files, left_out = files_to_predict(item, cache)
             asked += files
             notes += left_out
         except DsireError as error:
-            refused += 1
+            refused.append(item)
             print_error(error)
     if refused and not asked:
         return 2
     device = choose_device(arguments.device)
-    cache = arguments.cache_dir
-    source, said = told_by_the_first(
-        lambda: find_source(arguments.dataset or LORA_WISE, arguments.subset, arguments.revision, cache)
-    )
-    if process_rank() and is_lora_folder(source):
+    if process.rank:  # the first process asks the Hub, or says what is wrong
+        process.wait_for_others()
+    source, said = find_source(arguments.dataset, arguments.subset, arguments.revision, cache)
+    if not process.rank:
+        process.wait_for_others()
+    elif source.shards[0].is_lora:
         return 0  # such a folder is not worth sharing
     rank = rank_of(source, arguments.rank)
-    spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards)
-    if process_rank():
+    spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards, process)
+    if process.rank:
         return 0  # the first process evaluates
     if arguments.rank and arguments.rank != spectra.values.shape[-1]:
         raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {spectra.values.shape[-1]}")
@@ -2466,61 +2553,83 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.predict:
             return 0 if predict(arguments, spectra, asked, settings, notes) and not refused else 2
-        report(arguments, spectra, source.subset, settings, notes)
+        report(arguments, spectra, settings, notes)
         return 0
     except KeyboardInterrupt:
         done = len(source.shards)
-        raise KeyboardInterrupt(
-            f"{done} of {done} {'files' if is_lora_folder(source) else 'shards'} are done"
-        ) from None
+        kind = "files" if source.shards[0].is_lora else "shards"
+        raise KeyboardInterrupt(f"{done} of {done} {kind} are done") from None
 
 
-def report(
-    arguments: argparse.Namespace, spectra: Spectra, subset: str, settings: dict[str, Any], notes: list[str]
-) -> None:
-    """Evaluate, compare and draw what the arguments ask for."""
+def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, Any], notes: list[str]) -> None:
+    """Evaluate, compare and draw what the arguments ask for; what is written is written before anything is printed."""
     predictor = PREDICTORS[arguments.predictor]
     protocol = Protocol(arguments.experiments, arguments.train_size, arguments.seed)
     results = evaluate(spectra, predictor, protocol)
-    print_report(spectra, results, settings, notes)
-    details = {}
+    lines = report_lines(spectra, results, settings, notes)
+    summary = mean_and_std(results)
+    details: dict[str, Any] = {
+        "experiments": [{"mae": run.mae, "mape": run.mape, "accuracy": run.accuracy} for run in results],
+        "mean": {metric: mean for metric, (mean, _) in summary.items()},
+        "std": {metric: std for metric, (_, std) in summary.items()},
+    }
     if arguments.compare:
-        details = report_comparison(spectra, protocol, paper_values(settings))
+        tables, accuracies = compare(spectra, protocol)
+        lines += comparison_lines(spectra, tables, accuracies, paper_values(settings))
+        details |= {name: {row: mean_and_std(its) for row, its in table.items()} for name, table in tables.items()}
+        details["by_layer"] = dict(zip(map(" ".join, spectra.voters), accuracies.tolist(), strict=True))
+        details["by_block"] = by_block(spectra, accuracies)
     if arguments.output:
-        write_report(arguments.output, spectra, results, settings, notes, details)
+        write_predictions(arguments.output, spectra, results)
+        write_report(arguments.output, settings, notes, details)
     if arguments.plots:
         growth = by_train_size(spectra, predictor, protocol)
-        draw_figures(arguments.output, spectra, results, growth, f"{arguments.predictor} on {subset}")
+        title = f"{arguments.predictor} on {settings['subset']}"
+        draw_figures(arguments.output, spectra, results, growth, title)
+    say(lines)
 
 
 def predict(
     arguments: argparse.Namespace, fitted: Spectra, paths: list[Path], settings: dict[str, Any], notes: list[str]
 ) -> bool:
-    """Print an estimate for each file that can be read, and an error for each that can't; True if all could be."""
-    print(describe(fitted, settings))
-    for note in notes:
-        print(f"note: {note}")
+    """An estimate for each file that can be read, and an error for each that can't; True if all could be."""
     alike: dict[tuple[Voter, ...], list[Spectra]] = {}  # files with the same layers are judged together
-    refused = 0
+    found = []
     for path in paths:
         try:
             file = matched(file_spectra(path), fitted)
             alike.setdefault(tuple(file.voters), []).append(file)
         except DsireError as error:
-            refused += 1
             print_error(error)
-    found = []
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
-        with one_thread_each():  # many small matrices: a second thread costs more than it brings
-            found += estimates(known, files, PREDICTORS[arguments.predictor], arguments.confidence)
+        found += estimates(known, files, PREDICTORS[arguments.predictor], arguments.confidence)
     order = {str(path): number for number, path in enumerate(paths)}
     found.sort(key=lambda estimate: order[estimate.file])
-    for estimate in found:
-        print_estimate(estimate, arguments.confidence)
     if arguments.output:
-        write_estimates(arguments.output, found, settings, notes)
-    return not refused
+        write_estimates(arguments.output, found)
+        details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]
+        write_report(arguments.output, settings, notes, {"estimates": details})
+    lines = describe(fitted, settings, notes)
+    say(lines + [line for estimate in found for line in estimate_lines(estimate, arguments.confidence)])
+    return len(found) == len(paths)
+
+
+def say(lines: list[str]) -> None:
+    """Print what was found.
+
+    Raises:
+        DsireError: it can't be printed.
+        BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DsireError(
+            f"the report can't be printed ({error.strerror}); give --output to have it in files"
+        ) from error
 
 
 def print_error(error: DsireError) -> None:
@@ -2528,6 +2637,7 @@ def print_error(error: DsireError) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
@@ -2536,10 +2646,16 @@ def main() -> int:
         return run(arguments)
     except DsireError as error:
         print_error(error)
-        return 2
+        code = 2
     except KeyboardInterrupt as interrupt:
         print(f"dsire.py: stopped{f', {interrupt}' if str(interrupt) else ''}; run it again to go on", file=sys.stderr)
-        return 130
+        code = 130
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what can't be printed is not tried again at the exit
+        with suppress(OSError):
+            sys.stdout.flush()
+    return code
 
 
 if __name__ == "__main__":
