@@ -103,6 +103,14 @@ def shown(what: object) -> str:
     return clean if len(clean) <= 160 else f"{clean[:120]}... ({len(clean):,} characters)"
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.6g}%"
+
+
 def cores() -> int:
     """The cores that this process may use: under torchrun its part of the machine's."""
     import joblib
@@ -237,6 +245,12 @@ class Voter(NamedTuple):
     matrix: str
 
 
+def numbered(names: list[Any]) -> Tensor:
+    """Names as numbers, 0, 1, ... in their sorted order: int64."""
+    number = {name: index for index, name in enumerate(sorted(set(names)))}
+    return torch.tensor([number[name] for name in names], dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Spectra:
     """The spectra of some models, with what is known of the models.
@@ -248,6 +262,7 @@ class Spectra:
         voters: what each row of `values` is.
         shapes: layer -> [out, in, rank].
         notes: what was left out or is unusual, to be said in the report.
+        recipes: what the recipe that each model was trained with is called; empty where there is one.
     """
 
     values: Tensor
@@ -256,12 +271,17 @@ class Spectra:
     voters: list[Voter]
     shapes: dict[str, list[int]]
     notes: list[str] = field(default_factory=list)
+    recipes: list[str] = field(default_factory=list)
 
     @cached_property
     def micro_datasets(self) -> Tensor:
         """The micro-dataset of each model as a number, 0, 1, ... in the order of the names: int64 [models]."""
-        number = {name: index for index, name in enumerate(sorted(set(self.names)))}
-        return torch.tensor([number[name] for name in self.names], dtype=torch.int64)
+        return numbered(self.names)
+
+    @cached_property
+    def of_recipe(self) -> Tensor:
+        """The recipe of each model as a number, 0, 1, ... in the order of the recipes: int64 [models]."""
+        return numbered(self.recipes or [""] * len(self.names))
 
     @property
     def count(self) -> int:
@@ -271,8 +291,8 @@ class Spectra:
     def of_models(self, models: Tensor) -> Spectra:
         """The models with these numbers, int64, or of this mask, bool [models]."""
         models = models.nonzero().flatten() if models.dtype == torch.bool else models
-        names = [self.names[model] for model in models.tolist()]
-        return replace(self, values=self.values[:, models], sizes=self.sizes[models], names=names)
+        names, recipes = ([its[model] for model in models.tolist() if its] for its in (self.names, self.recipes))
+        return replace(self, values=self.values[:, models], sizes=self.sizes[models], names=names, recipes=recipes)
 
     def of_matrices(self, matrices: Iterable[str]) -> Spectra:
         return self.of_voters([voter for voter in self.voters if voter.matrix in matrices])
@@ -492,13 +512,13 @@ def unrounded(prediction: Prediction) -> Prediction:
 
 @dataclass(frozen=True)
 class LogRidge:
-    """A fitted `log_ridge`: what it says of new models, and what it would say with a micro-dataset left out.
+    """A fitted `log_ridge`: what it says of new models, and what it would say with a unit left out.
 
     Attributes:
         candidates: the training sizes in rising order, int64 [sizes].
         answers: log n of the new models, float64 [new].
-        held_out: log n of each training model, fitted without its micro-dataset, float64 [models].
-        turns: log n of the new models, fitted without each micro-dataset in turn, float64 [new, micro-datasets].
+        held_out: log n of each training model, fitted without its unit, float64 [models].
+        turns: log n of the new models, fitted without each unit in turn, float64 [new, units].
         deviation: the standard deviation of what `held_out` errs by.
     """
 
@@ -509,16 +529,20 @@ class LogRidge:
     deviation: float
 
     @classmethod
-    def fit(cls, train: Spectra, new: Spectra) -> LogRidge:
+    def fit(cls, train: Spectra, new: Spectra, units: Tensor | None = None) -> LogRidge:
         """Fit on the training models. Nothing is fitted twice: leaving models out of a ridge has a closed form.
 
-        With the hat matrix H (fitted values H y) and a micro-dataset f, the models of f are missed by
-        (I - H_ff)^-1 (y - H y)_f when f is left out. A fit isn't changed by models that lie on it: so with f left out,
-        new models are answered as if y_f had been what is said of f.
+        With the hat matrix H (fitted values H y) and a unit f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f
+        when f is left out. A fit isn't changed by models that lie on it: so with f left out, new models are answered as
+        if y_f had been what is said of f.
+
+        Args:
+            units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
         """
         x, z = log_features(train, new)
         y, candidates = train.sizes.double().log(), train.sizes.unique()
-        groups = train.micro_datasets if train.count > 1 else torch.arange(len(y))
+        groups = train.micro_datasets if units is None else units
+        groups = groups if len(groups.unique()) > 1 else torch.arange(len(y))
         if len(y) == 1:
             return cls(candidates, y.expand(len(z)), y, y.expand(len(z), 1), 1.0)
         folds = [(groups == group).nonzero().flatten() for group in groups.unique()]
@@ -642,6 +666,394 @@ def evaluate(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list
     return judge_all(spectra, runs, predictor(spectra, runs))
 
 
+def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]]:
+    """Mean and population standard deviation of each metric over the experiments."""
+    table = torch.tensor([[run.mae, run.mape, run.accuracy] for run in experiments], dtype=torch.float64)
+    means, stds = table.mean(0).tolist(), table.std(0, correction=0).tolist()
+    return dict(zip(("mae", "mape", "accuracy"), zip(means, stds, strict=True), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How sure: what is said of labelled models that were left out, beside a new model
+
+
+NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
+REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is said of one LoRA file.
+
+    Attributes:
+        file: as the user named it.
+        predictor: which one says it.
+        estimate: the dataset size n.
+        votes: size -> its share of the votes, or the weight that a regression gives it.
+        alike: [lowest share, highest share, how many labelled models had a winning share like this one when they were
+            left out, how many of them were right]; empty where nothing can be left out.
+        confidence_set: the conformal prediction set, sizes in rising order, or of `log-regression` the ends of an
+            interval in images; empty where nothing can be left out.
+        recipe_p: the p-value of the file's being one more of the labelled kind; 1 where nothing can be left out.
+        recipe: the labelled recipe that the file is nearest to, "" if there is one only.
+        stated_size: what the file says of itself, 0 if nothing.
+        first: what the reader has to know before the estimate; it is no estimate then, but what it would be.
+        warnings: what else is to be said.
+    """
+
+    file: str
+    predictor: str
+    estimate: int
+    votes: dict[int, float]
+    alike: list[float]
+    confidence_set: list[int]
+    recipe_p: float
+    recipe: str
+    stated_size: int
+    first: list[str]
+    warnings: list[str]
+
+    def holds(self, size: int) -> bool:
+        """Whether the confidence set, or the interval, has a size."""
+        ends = self.confidence_set
+        between = self.predictor == "log-regression" and bool(ends) and ends[0] <= size <= ends[-1]
+        return between or size in ends
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a predictor says of labelled models that were left out, unit by unit, and of new models beside.
+
+    Attributes:
+        held_out: the prediction of each labelled model, by a fit without its unit.
+        true: how well its true size conforms to that, float64 [models].
+        candidates: sizes that a new model may have, int64 [sizes].
+        turns: how well each of them conforms for each new model, by each fit: float64 [units, new, sizes].
+    """
+
+    held_out: Prediction
+    true: Tensor
+    candidates: Tensor
+    turns: Tensor
+
+
+def beside(fitted: Spectra, new: Spectra) -> tuple[Spectra, Split]:
+    """Labelled and new models as one, and the split that trains on the former and asks for the latter."""
+    values, sizes = torch.cat([fitted.values, new.values], dim=1), torch.cat([fitted.sizes, new.sizes])
+    both = replace(fitted, values=values, sizes=sizes, names=[*fitted.names, *new.names], recipes=[])
+    return both, Split(torch.arange(len(fitted.sizes)), torch.arange(len(fitted.sizes), len(sizes)))
+
+
+def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor, units: Tensor) -> tuple[Prediction, LeftOut]:
+    """The predictor's answers for new models, fitted on all labelled ones; and with each unit left out in turn.
+
+    A size conforms by its share of the votes, or, for a regression, by how near its logarithm is to the answer.
+
+    Args:
+        units: the unit of each labelled model, 0 to K - 1, int64 [models]; K is at least 2.
+    """
+    if predictor in (log_ridge, log_regression):
+        with one_thread_each():
+            fit = LogRidge.fit(fitted, new, units)
+        answer, held_out, sizes = fit.prediction(fit.answers), fit.prediction(fit.held_out), fit.candidates
+        if predictor is log_regression:
+            answer, held_out = unrounded(answer), unrounded(held_out)
+            low, high = math.log(max(1, int(sizes[0]) / 4)), math.log(4 * int(sizes[-1]))
+            sizes = torch.linspace(low, high, 2000, dtype=torch.float64).exp().round().long().unique()
+        turns = -(sizes.double().log() - fit.turns.T[..., None]).abs()
+        return answer, LeftOut(held_out, -(fitted.sizes.double().log() - fit.held_out).abs(), sizes, turns)
+    both, every = beside(fitted, new)
+    models, others = len(every.train), len(every.test)
+    runs = [split_by(units != unit) for unit in range(int(units.max()) + 1)]
+    asked = [Split(run.train, torch.cat([run.test, every.test])) for run in runs]
+    answer, *predictions = predictor(both, [every, *asked])
+    sizes = answer.candidates
+    shares, answers = torch.zeros(models, len(sizes), dtype=torch.float64), torch.zeros(models, dtype=torch.int64)
+    turns = shares.new_zeros(len(runs), others, len(sizes))
+    for run, prediction, turn in zip(runs, predictions, turns, strict=True):
+        known = torch.isin(sizes, prediction.candidates)  # a size may be in one unit only
+        shares[run.test[:, None], known.nonzero().T] = prediction.shares[:-others]
+        turn[:, known] = prediction.shares[-others:]
+        answers[run.test] = prediction.sizes[:-others]
+    true = shares.gather(1, torch.searchsorted(sizes, fitted.sizes)[:, None]).flatten()
+    return answer, LeftOut(Prediction(answers, sizes, shares), true, sizes, turns)
+
+
+def conformal_p(sizes: Tensor, units: Tensor, left_out: LeftOut) -> Tensor:
+    """The conformal p-value of each candidate size for each new model, float64 [new, candidates].
+
+    Cross-conformal (Vovk 2015) over units, here micro-datasets, as what is exchangeable (Lee, Barber and Willett 2023),
+    and label-conditional: a size n is compared with the left-out models of size n alone (of the nearest labelled size,
+    for an n that is none). With s_i how well the true size of model i conforms when its unit k is left out, s_k(n) how
+    well n conforms for the new model at that turn, and K_n the number of units that have a model of size n,
+        p(n) = (1 + sum over those units of the mean over their models i of size n of [s_i <= s_k(n)]) / (K_n + 1).
+    The set of sizes with p(n) > 1 - confidence then holds the true size with that confidence, for every size alike; the
+    proof (of Barber et al. 2021, for each size) gives 1 - 2 (1 - confidence).
+
+    Args:
+        sizes: of the labelled models, int64 [models].
+        units: the unit of each, int64 [models].
+    """
+    labelled = sizes.unique()
+    compared_with: Tensor = (left_out.candidates.double().log()[:, None] - labelled.double().log()).abs().argmin(1)
+    p = torch.ones(left_out.turns.shape[1:], dtype=torch.float64)
+    for number, size in enumerate(labelled):
+        models, columns = (sizes == size).nonzero().flatten(), compared_with == number
+        _, its_unit, models_of_unit = units[models].unique(return_inverse=True, return_counts=True)
+        strange = left_out.true[models, None, None] <= left_out.turns[units[models]][:, :, columns]
+        weights = (1 / models_of_unit.double())[its_unit]
+        p[:, columns] = (1 + torch.einsum("m,mnc->nc", weights, strange.double())) / (len(models_of_unit) + 1)
+    return p
+
+
+def models_alike(share: float, shares: Tensor, right: Tensor) -> list[float]:
+    """The left-out models whose winning share is like this one: lowest, highest, how many, how many of them right.
+
+    They are the nearest tenth (ten at least, and all that are as near), if they are within 0.1.
+
+    Args:
+        shares: the winning share of each left-out model, float64 [models].
+        right: whether it was right, bool [models].
+    """
+    far = (shares - share).abs()
+    tenth = min(len(far), max(10, len(far) // 10))
+    alike = far <= min(float(far.sort().values[tenth - 1]), 0.1) + 1e-12
+    if not alike.any():
+        return [share, share, 0, 0]
+    return [float(shares[alike].min()), float(shares[alike].max()), int(alike.sum()), int(right[alike].sum())]
+
+
+def log_norms(spectra: Spectra) -> Tensor:
+    """The logarithm of the Frobenius norm of each model's matrices, float64 [models, voters], on the CPU."""
+    norms: Tensor = torch.linalg.vector_norm(spectra.values, dim=-1).T.cpu()
+    return norms.clamp_min(torch.finfo(torch.float64).tiny).log()
+
+
+class Check(NamedTuple):
+    """How far new models are from all labelled recipes and sizes.
+
+    Attributes:
+        p: the p-value of a new model's being one more of the labelled, float64 [new].
+        of_matrix: the same by its "A", "B" or "BA" alone, not corrected for there being three: float64 [new, matrices].
+        nearest: a labelled model of the nearest recipe and size, int64 [new].
+    """
+
+    p: Tensor
+    of_matrix: Tensor
+    nearest: Tensor
+
+
+def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
+    """Whether new models can be of a labelled recipe and size, each kind of matrix looked at alone."""
+    known, asked = log_norms(fitted), log_norms(new)
+    groups = torch.stack([fitted.of_recipe, fitted.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
+    kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
+    kinds = [kind for kind in kinds if kind.any()]
+    of_held_out = torch.zeros(len(known), len(kinds), dtype=torch.float64)
+    at_least = torch.zeros(len(asked), len(kinds), dtype=torch.float64)
+    for unit in range(int(units.max()) + 1):
+        out = units == unit
+        far = distances_to_groups(known[~out], groups[~out], torch.cat([known[out], asked]), kinds).min(1).values
+        of_held_out[out], of_new = far[: int(out.sum())], far[int(out.sum()) :]
+        at_least += (of_held_out[out] >= of_new[:, None]).sum(1)
+    models = len(known)
+    of_matrix = (1 + at_least) / (models + 1)
+    # the least of the three, compared with the least of each left-out model's
+    least = (of_held_out[None] >= of_held_out[:, None]).double().mean(1).amin(-1)
+    p = (1 + (least <= of_matrix.amin(-1, keepdim=True)).sum(1)) / (models + 1)
+    whole = distances_to_groups(known, groups, asked, kinds).sum(-1).argmin(1)
+    return Check(p, of_matrix, torch.stack([(groups == group).nonzero()[0, 0] for group in whole]))
+
+
+def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> Tensor:
+    """Mean squared z-scores of log norms [models, voters] about the mean of each group: [asked, groups, kinds]."""
+    count = int(groups.max()) + 1
+    members = torch.nn.functional.one_hot(groups, count).double()
+    sizes = members.sum(0)
+    means = members.T @ known / sizes.clamp_min(1)[:, None]
+    squares = (known - means[groups]).square()
+    pooled = squares.mean(0)
+    own = members.T @ squares / sizes.clamp_min(1)[:, None]
+    spread = (own + pooled) / 2
+    z = (asked[:, None] - means).square() / spread.clamp_min(1e-12)
+    far = torch.stack([z[..., kind].mean(-1) for kind in kinds], dim=-1)
+    return far.masked_fill((sizes == 0)[None, :, None], math.inf)
+
+
+def what_is_beyond(fitted: Spectra, new: Spectra) -> list[str]:
+    """For each new model, in words, the kinds of matrix whose norms are beyond all labelled models', or ""."""
+    known, asked = log_norms(fitted), log_norms(new)
+    above, below = asked - known.amax(0), known.amin(0) - asked
+    said = []
+    for larger, smaller in zip(above, below, strict=True):
+        parts, within = [], []
+        for matrix in MATRICES:
+            rows = [row for row, voter in enumerate(fitted.voters) if voter.matrix == matrix]
+            if not rows:
+                continue
+            beyond = torch.maximum(larger, smaller)[rows]
+            usual, most = float(beyond.median()), int(beyond.argmax())
+            if usual > 0.05 or float(beyond[most]) > 3:
+                row = rows[most]
+                where = matrix if usual > 0.05 else f"{matrix} of {fitted.voters[row].layer}"
+                factor = math.exp(min(usual if usual > 0.05 else float(beyond[most]), 690))
+                large = float(larger[rows].median() if usual > 0.05 else larger[row]) > 0
+                times = f"{factor:.3g} times as {'large' if large else 'small'}"
+                parts.append(f"{where} is {times} as any labelled model's")
+            else:
+                within.append(matrix)
+        other = " and ".join(within) + (" are" if len(within) > 1 else " is") + " not" if within and parts else ""
+        alpha = ": another alpha?" if within and "BA" not in within else ""
+        said.append(", ".join(filter(None, ["; ".join(parts), other])) + alpha if parts else "")
+    return said
+
+
+def this_very_model(fitted: Spectra, values: Tensor) -> int | None:
+    """The first labelled model whose spectra are a new one's [voters, r], each to a millionth of its norm."""
+    far = torch.linalg.vector_norm(fitted.values - values[:, None], dim=-1)
+    same = (far <= 1e-6 * torch.linalg.vector_norm(fitted.values, dim=-1)).all(0).nonzero()
+    return int(same[0]) if len(same) else None
+
+
+def estimates(
+    fitted: Spectra, files: list[Spectra], predictor: str, confidence: float, units: Tensor | None = None
+) -> list[Estimate]:
+    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving units out.
+
+    Args:
+        fitted: the labelled models.
+        files: the new models, one each, with the same voters.
+        predictor: the name of one of PREDICTORS.
+        confidence: the share of new models whose true size the set shall hold, between 0 and 1.
+        units: what is left out at a time, int64 [models]; by default micro-datasets.
+    """
+    units = fitted.micro_datasets if units is None else units
+    values = torch.cat([file.values for file in files], dim=1).to(fitted.values.device)
+    names, stated = [str(file.names[0]) for file in files], torch.cat([file.sizes for file in files])
+    new = replace(files[0], values=values, names=names, sizes=stated)
+    several = int(units.max()) > 0
+    if several:
+        answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
+        p, check = conformal_p(fitted.sizes, units, left_out), check_recipe(fitted, new, units)
+        right, sure = (
+            right_when_left_out(fitted.sizes, left_out, predictor, confidence),
+            left_out.held_out.shares.amax(1),
+        )
+    else:
+        both, every = beside(fitted, new)
+        (answer,) = PREDICTORS[predictor](both, [every])
+    beyond = what_is_beyond(fitted, new)
+    found = []
+    for row, file in enumerate(files):
+        shares = answer.shares[row].tolist()
+        one = Estimate(
+            names[row],
+            predictor,
+            int(answer.sizes[row]),
+            dict(zip(answer.candidates.tolist(), shares, strict=True)),
+            *([], [], 1.0, "", int(stated[row]), [], list(file.notes)),
+        )
+        same = this_very_model(fitted, new.values[:, row])
+        if same is not None:
+            label = f"{shown(fitted.names[same])} of {counted(int(fitted.sizes[same]), 'image')}"
+            one.warnings.insert(0, f"this very model is among the labelled ones: {label}")
+        if not several:
+            one.warnings.append("one micro-dataset only: how sure the estimate is can't be told")
+        else:
+            members = left_out.candidates[p[row] > 1 - confidence + 1e-9].tolist()
+            one = replace(
+                one,
+                alike=models_alike(max(shares), sure, right),
+                confidence_set=members[:: max(1, len(members) - 1)] if predictor == "log-regression" else members,
+                recipe_p=float(check.p[row]),
+                recipe=fitted.recipes[int(check.nearest[row])] if fitted.recipes else "",
+            )
+            if one.confidence_set and not one.holds(one.estimate):
+                one.warnings.append("the set does not hold the estimate: trust the set")
+        if one.recipe_p <= NOT_COMPARABLE and same is None:
+            one.first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
+            one.first.extend(filter(None, [beyond[row]]))
+        if one.stated_size and one.stated_size != one.estimate:
+            one.warnings.append(f"the estimate disagrees with the size that the file states, {one.stated_size}")
+        found.append(one)
+    return found
+
+
+def right_when_left_out(sizes: Tensor, left_out: LeftOut, predictor: str, confidence: float) -> Tensor:
+    """Whether each labelled model's prediction was right when it was left out, bool [models].
+
+    For `log-regression`, whose answers are numbers of images, right is what the interval would have held.
+    """
+    if predictor != "log-regression":
+        return left_out.held_out.sizes == sizes
+    stranger = (left_out.true[None] <= left_out.true[:, None]) & (sizes[None] == sizes[:, None])
+    return stranger.sum(1) / (sizes[None] == sizes[:, None]).sum(1) > 1 - confidence
+
+
+def what_can_be_supported(sizes: Tensor, units: Tensor, confidence: float, unit: str) -> list[str]:
+    """A note if some size is in so few units that no set can leave it out."""
+    counts = {int(size): len(units[sizes == size].unique()) for size in sizes.unique()}
+    size, least = min(counts.items(), key=lambda item: item[1])
+    needed = math.ceil(1 / (1 - confidence) - 1 - 1e-9)
+    if least >= needed:
+        return []
+    most = f"{counted(least, unit)} with size {size} can support no more than {least / (least + 1):.0%}"
+    return [f"{most}, so every set holds such sizes: label {needed} or more for {percent(confidence)}"]
+
+
+SD_OF_WIDTH = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of the text that cross-attention looks at
+SUBSETS_THAT_FIT = {
+    (768, 8): "low_8",
+    (768, 16): "low_16 medium_16",
+    (768, 32): "low_32 medium_32 high_32",
+    (1024, 32): "medium_32_2",
+}
+
+
+def matched(file: Spectra, fitted: Spectra) -> Spectra:
+    """The file's model on the voters that it shares with the fitted ones; what doesn't fit is counted in its notes.
+
+    Raises:
+        DsireError: no layer fits; the message says what the file holds and which subset would fit.
+    """
+    common = [layer for layer, shape in fitted.shapes.items() if file.shapes.get(layer) == shape]
+    here, there = kind_of_model(file.shapes), kind_of_model(fitted.shapes)
+    if not common:
+        widths = {shape[1] for layer, shape in file.shapes.items() if layer.endswith("attn2_to_k")}
+        ranks = {shape[2] for shape in file.shapes.values()}
+        fits = [SUBSETS_THAT_FIT.get((width, rank)) for width in widths for rank in ranks]
+        advice = f"--subset with one of: {' '.join(filter(None, fits))}" if any(fits) else "models of its own kind"
+        raise DsireError(f"{file.names[0]} has {here}, and the labelled models {there}: no layer fits; use {advice}")
+    notes = list(file.notes)
+    lacking = fitted.shapes.keys() - file.shapes.keys()
+    unknown = file.shapes.keys() - fitted.shapes.keys()
+    other_shape = len(fitted.shapes) - len(lacking) - len(common)
+    if lacking:
+        notes.append(
+            f"{len(lacking)} of the {len(fitted.shapes)} fitted layers are not in the file, such as {min(lacking)}"
+        )
+    if unknown:
+        notes.append(f"{len(unknown)} layers of the file are unknown to the labelled models, such as {min(unknown)}")
+    if other_shape:
+        notes.append(f"{other_shape} layers have other shapes ({here}) than the labelled models' ({there})")
+    kept = set(common)
+    voters = [voter for voter in fitted.voters if voter.layer in kept]
+    rank = fitted.values.shape[-1]
+    return replace(file, values=of_rank(file.of_voters(voters).values, rank), voters=voters, notes=notes)
+
+
+def kind_of_model(shapes: dict[str, list[int]]) -> str:
+    """What a set of layers looks like, for messages: layers, ranks, and the width of the cross-attention."""
+    ranks = " ".join(str(rank) for rank in sorted({shape[2] for shape in shapes.values()}))
+    widths = sorted({shape[1] for layer, shape in shapes.items() if layer.endswith("attn2_to_k")})
+    names = [f"{width}" + (f" ({SD_OF_WIDTH[width]})" if width in SD_OF_WIDTH else "") for width in widths]
+    return f"{len(shapes)} layers of rank {ranks}" + (f", cross-attention width {', '.join(names)}" if names else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything compared, on the splits of the protocol
+
+
 def in_groups(predict: Callable[[list[Split]], list[T]], groups: dict[str, list[Split]]) -> dict[str, list[T]]:
     """What is predicted of the splits of each group, all in one call, in which they share their distances."""
     answers = iter(predict([split for its in groups.values() for split in its]))
@@ -701,22 +1113,79 @@ def judge_together(spectra: Spectra, gaps: list[list[Split]], predictions: Itera
     return found
 
 
-Tables = dict[str, dict[str, list[Experiment]]]  # title -> row -> experiments
+def by_block(spectra: Spectra, accuracies: Tensor) -> dict[str, float]:
+    """The mean accuracy of the single voters in each block of the network, and of each kind of matrix."""
+    groups: dict[str, list[float]] = {}
+    for voter, accuracy in zip(spectra.voters, accuracies.tolist(), strict=True):
+        block = re.match(r"(?:down|up)_blocks_\d+|mid_block|text_encoder(?:_2)?", voter.layer)
+        groups.setdefault(block[0] if block else "other layers", []).append(accuracy)
+        groups.setdefault(f"matrix {voter.matrix}", []).append(accuracy)
+    return {name: sum(values) / len(values) for name, values in groups.items()}
 
 
-def compare(spectra: Spectra, protocol: Protocol) -> tuple[Tables, Tensor]:
-    """Every predictor and kind of matrix (Tables 2, 5 and 9), by size and training micro-datasets, on the same splits.
+def how_sure(spectra: Spectra, split: Split, predictor: Predictor) -> Tensor:
+    """What the estimates of a split's test models would be worth, fitted on its training models: float64 [test, 4].
+
+    The columns: by how many images they err; whether the 90 % set holds the true size; how many sizes it has; and
+    whether the model is said not to be comparable.
+    """
+    fitted, new = spectra.of_models(split.train), spectra.of_models(split.test)
+    units = fitted.micro_datasets
+    answer, left_out = leave_out(fitted, new, predictor, units)
+    members = conformal_p(fitted.sizes, units, left_out) > 0.1 + 1e-9
+    held = (members & (left_out.candidates == new.sizes[:, None])).any(1)
+    flagged = check_recipe(fitted, new, units).p <= NOT_COMPARABLE
+    return torch.stack([(answer.sizes - new.sizes).abs(), held, members.sum(1), flagged], dim=1).double()
+
+
+def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
+    """`how_sure` log-ridge is of each recipe's test models, mean over runs, by which recipes are labelled.
 
     Returns:
-        The tables, and the accuracy of each voter alone, in %, mean over the experiments: float64 [voters].
+        "seen": all recipes are labelled, [recipes, 4]; "unseen": all but the one that is asked, [recipes, 4]; "pairs":
+        one recipe alone, [recipes labelled, recipes asked, 4].
     """
+    numbers = range(int(spectra.of_recipe.max()) + 1)
+
+    def asked(run: Split, labelled: Tensor) -> Tensor:
+        """[recipes, 4] with these training models, a mask, of those that the run has."""
+        found = how_sure(spectra, Split(run.train[labelled[run.train]], run.test), log_ridge)
+        return torch.stack([found[spectra.of_recipe[run.test] == number].mean(0) for number in numbers])
+
+    its = [spectra.of_recipe == number for number in numbers]
+    every = torch.ones_like(its[0])
+    return {
+        "seen": torch.stack([asked(run, every) for run in runs]).mean(0),
+        "unseen": torch.stack([torch.stack([asked(run, ~its[n])[n] for n in numbers]) for run in runs]).mean(0),
+        "pairs": torch.stack([torch.stack([asked(run, its[n]) for n in numbers]) for run in runs]).mean(0),
+    }
+
+
+class Comparison(NamedTuple):
+    """All that `--compare` finds, on the same splits.
+
+    Attributes:
+        tables: title -> row -> experiments; the first table, "compare", has all predictors and kinds of matrices.
+        accuracies: of each voter alone, in %, mean over the experiments: float64 [voters].
+        sure: predictor -> `how_sure` of each split.
+        recipes: `by_recipe`; empty where there is one recipe.
+    """
+
+    tables: dict[str, dict[str, list[Experiment]]]
+    accuracies: Tensor
+    sure: dict[str, list[Tensor]]
+    recipes: dict[str, Tensor]
+
+
+def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
+    """Every predictor and kind of matrix (Tables 2, 5 and 9), by size, training micro-datasets, voter and recipe."""
     from tqdm import tqdm
 
     runs, growth = splits(spectra.micro_datasets, protocol), train_sizes(spectra, protocol)
     gaps = unseen_sizes(spectra, runs)
     groups = {"runs": runs, "gaps": [gap for its in gaps for gap in its]}
     others = ("frobenius", "whole-model", "ridge", "gda")
-    with tqdm(total=len(others) + 2, unit="predictor", disable=None) as progress:
+    with tqdm(total=len(others) + 5, unit="predictor", disable=None) as progress:
 
         def done(found: T) -> T:
             progress.update()
@@ -725,6 +1194,10 @@ def compare(spectra: Spectra, protocol: Protocol) -> tuple[Tables, Tensor]:
         votes = done(in_groups(lambda together: votes_of(spectra, together), groups | growth))
         fits = done(in_groups(lambda together: log_ridge(spectra, together), groups))
         found = {name: done(PREDICTORS[name](spectra, runs)) for name in others}
+        sure = {
+            name: done([how_sure(spectra, run, PREDICTORS[name]) for run in runs]) for name in ("dsire", "log-ridge")
+        }
+        recipes = done(by_recipe(spectra, runs) if spectra.recipes else {})
     found["dsire"], found["dsire-average"] = [*map(majority, votes["runs"])], [*map(average, votes["runs"])]
     found["log-ridge"], found["log-regression"] = fits["runs"], [*map(unrounded, fits["runs"])]
     rows = {name: judge_all(spectra, runs, found[name]) for name in PREDICTORS}
@@ -745,235 +1218,7 @@ def compare(spectra: Spectra, protocol: Protocol) -> tuple[Tables, Tensor]:
         "unseen_sizes": {name: judge_together(spectra, gaps, its) for name, its in unseen.items() if any(gaps)},
     }
     hits = [named == spectra.sizes[run.test] for (named, _), run in zip(votes["runs"], runs, strict=True)]
-    return tables, 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0)
-
-
-def by_block(spectra: Spectra, accuracies: Tensor) -> dict[str, float]:
-    """The mean accuracy of the single voters in each block of the network, and of each kind of matrix."""
-    groups: dict[str, list[float]] = {}
-    for voter, accuracy in zip(spectra.voters, accuracies.tolist(), strict=True):
-        block = re.match(r"(?:down|up)_blocks_\d+|mid_block|text_encoder(?:_2)?", voter.layer)
-        groups.setdefault(block[0] if block else "other layers", []).append(accuracy)
-        groups.setdefault(f"matrix {voter.matrix}", []).append(accuracy)
-    return {name: sum(values) / len(values) for name, values in groups.items()}
-
-
-def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]]:
-    """Mean and population standard deviation of each metric over the experiments."""
-    table = torch.tensor([[run.mae, run.mape, run.accuracy] for run in experiments], dtype=torch.float64)
-    means, stds = table.mean(0).tolist(), table.std(0, correction=0).tolist()
-    return dict(zip(("mae", "mape", "accuracy"), zip(means, stds, strict=True), strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How sure: what is said of labelled models that were left out, beside a new model
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What is said of one LoRA file.
-
-    Attributes:
-        file: as the user named it.
-        estimate: the dataset size n.
-        votes: size -> its share of the votes.
-        alike: of the labelled models with a winning share like this one, each left out with its micro-dataset:
-            [lowest share, highest share, how many models, how many of them were right]; empty without held-out votes.
-        confidence_set: the conformal prediction set, sizes in rising order; empty without held-out votes.
-        stated_size: what the file says of itself, 0 if nothing.
-        warnings: what the reader has to know before believing the estimate.
-    """
-
-    file: str
-    estimate: int
-    votes: dict[int, float]
-    alike: list[float]
-    confidence_set: list[int]
-    stated_size: int
-    warnings: list[str]
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What a predictor says of labelled models that were left out with their micro-dataset, and of new ones beside.
-
-    Attributes:
-        held_out: of each labelled model, by a fit without its micro-dataset.
-        turns: the shares of the new models' sizes by each of those fits: float64 [micro-datasets, new, sizes].
-    """
-
-    held_out: Prediction
-    turns: Tensor
-
-
-def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor) -> tuple[Prediction, LeftOut]:
-    """The predictor's answers for new models, fitted on all labelled ones; and with each micro-dataset left out."""
-    if predictor in (log_ridge, log_regression):
-        with one_thread_each():
-            fit = LogRidge.fit(fitted, new)
-        answer, held_out = fit.prediction(fit.answers), fit.prediction(fit.held_out)
-        if predictor is log_regression:
-            answer, held_out = unrounded(answer), unrounded(held_out)
-        return answer, LeftOut(held_out, fit.prediction(fit.turns.T).shares)
-    models = len(fitted.sizes)
-    both = replace(
-        fitted,
-        values=torch.cat([fitted.values, new.values], dim=1),
-        sizes=torch.cat([fitted.sizes, new.sizes]),
-        names=[*fitted.names, *new.names],
-    )
-    last = torch.arange(models, len(both.sizes))
-    folds = [fitted.micro_datasets == number for number in range(fitted.count)] if fitted.count > 1 else []
-    runs = [split_by(~fold) for fold in folds]
-    asked = [Split(torch.arange(models), last), *(Split(run.train, torch.cat([run.test, last])) for run in runs)]
-    answer, *predictions = predictor(both, asked)
-    shares = torch.zeros(models, len(answer.candidates), dtype=torch.float64)
-    sizes, turns = torch.zeros(models, dtype=torch.int64), shares.new_zeros(len(runs), len(last), shares.shape[1])
-    for run, prediction, turn in zip(runs, predictions, turns, strict=True):
-        known = torch.isin(answer.candidates, prediction.candidates)  # a size may be in one micro-dataset only
-        shares[run.test.unsqueeze(1), known.nonzero().T] = prediction.shares[: len(run.test)]
-        turn[:, known] = prediction.shares[len(run.test) :]
-        sizes[run.test] = prediction.sizes[: len(run.test)]
-    return answer, LeftOut(Prediction(sizes, answer.candidates, shares), turns)
-
-
-def conformal_p(fitted: Spectra, left_out: LeftOut) -> Tensor:
-    """The conformal p-value of each size for each new model, float64 [new, sizes].
-
-    The prediction set is cross-conformal over micro-datasets (Vovk 2015; with micro-datasets, not models, as the
-    exchangeable units: Lee, Barber and Willett 2023). A size's nonconformity is 1 - its share of the votes. With the
-    K micro-datasets left out in turn, s_i the score of the true size of model i in the one left out, and s_k(n) the
-    new model's score of size n at that turn,
-        p(n) = (1 + sum over k of the mean over its models i of [s_i >= s_k(n)]) / (K + 1),
-    and the set holds the sizes with p(n) > 1 - confidence.
-    """
-    place = torch.searchsorted(left_out.held_out.candidates, fitted.sizes)[:, None]
-    true = left_out.held_out.shares.gather(1, place).flatten()
-    stranger = [
-        (true[fitted.micro_datasets == number] <= turn[..., None]).double().mean(-1)  # s_i >= s_k(n)
-        for number, turn in enumerate(left_out.turns)
-    ]
-    return (1 + torch.stack(stranger).sum(0)) / (fitted.count + 1)
-
-
-def models_alike(share: float, held_out: Prediction, sizes: Tensor) -> list[float]:
-    """The tenth of the held-out models (10 at least) whose winning share is nearest: lowest, highest, models, right."""
-    shares = held_out.shares.max(-1).values
-    alike = (shares - share).abs().argsort(stable=True)[: max(10, len(shares) // 10)]
-    right = (held_out.sizes == sizes)[alike]
-    return [float(shares[alike].min()), float(shares[alike].max()), len(alike), int(right.sum())]
-
-
-def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confidence: float) -> list[Estimate]:
-    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving micro-datasets out.
-
-    Args:
-        fitted: the labelled models.
-        files: the new models, one each, with the same voters.
-        predictor: one of the predictors above.
-        confidence: the share of new models whose true size the set shall hold, between 0 and 1.
-    """
-    values = torch.cat([file.values for file in files], dim=1).to(fitted.values.device)
-    names, stated = [file.names[0] for file in files], torch.cat([file.sizes for file in files])
-    new = replace(files[0], values=values, names=names, sizes=stated)
-    answer, left_out = leave_out(fitted, new, predictor)
-    several = fitted.count > 1
-    p = conformal_p(fitted, left_out) if several else torch.zeros_like(answer.shares)
-    warnings = what_is_unlike(fitted, new)
-    found = []
-    for row, file in enumerate(files):
-        size, its_stated = int(answer.sizes[row]), int(stated[row])
-        said = [*file.notes, *warnings[row]]
-        if its_stated and its_stated != size:
-            said.append(f"the estimate disagrees with the size that the file states, {its_stated}")
-        members = answer.candidates[p[row] > 1 - confidence + 1e-9].tolist()
-        votes = dict(zip(answer.candidates.tolist(), answer.shares[row].tolist(), strict=True))
-        alike = models_alike(max(votes.values()), left_out.held_out, fitted.sizes) if several else []
-        found.append(Estimate(str(names[row]), size, votes, alike, members, its_stated, said))
-    return found
-
-
-def what_is_unlike(fitted: Spectra, new: Spectra) -> list[list[str]]:
-    """For each new model, warnings if it is far from all labelled models, or is one of them.
-
-    A model's distance is the median over the voters of its distance to the nearest model, in units of the voter's
-    median for left-out models.
-    """
-    models = len(fitted.sizes)
-    values = torch.cat([fitted.values, new.values], dim=1)
-    last = torch.arange(models, values.shape[1])
-    folds = [split_by(fitted.micro_datasets != number) for number in range(fitted.count)] if fitted.count > 1 else []
-    runs = [Split(torch.arange(models), last), *folds]
-    of_new, *of_folds = [
-        torch.linalg.vector_norm(values[:, run.test] - values[torch.arange(len(values))[:, None], index], dim=-1).cpu()
-        for run, index in zip(runs, nearest(values, runs), strict=True)
-    ]
-    rounding = 1e-9 * torch.linalg.vector_norm(new.values, dim=-1).cpu()
-    said: list[list[str]] = [
-        ["this very model is among the labelled ones"] if same else [] for same in (of_new <= rounding).all(0).tolist()
-    ]
-    if not folds:
-        return [[*its, "one micro-dataset only: how sure the estimate is can't be told"] for its in said]
-    held_out = torch.cat(of_folds, dim=1)
-    unit = held_out.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float64).tiny)
-    limit = float((held_out / unit).median(0).values.max())
-    for its, strangeness in zip(said, (of_new / unit).median(0).values.tolist(), strict=True):
-        if strangeness > limit:
-            times = f" ({strangeness / limit:.1f} times as far as the farthest left-out one)" if limit else ""
-            its.append(
-                f"unlike every labelled model{times}: another recipe or base model, most likely, "
-                "and the estimate is not to be trusted"
-            )
-    return said
-
-
-SD_OF_WIDTH = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of the text that cross-attention looks at
-SUBSETS_THAT_FIT = {
-    (768, 8): "low_8",
-    (768, 16): "low_16 medium_16",
-    (768, 32): "low_32 medium_32 high_32",
-    (1024, 32): "medium_32_2",
-}
-
-
-def matched(file: Spectra, fitted: Spectra) -> Spectra:
-    """The file's model on the voters that it shares with the fitted ones; what doesn't fit is counted in its notes.
-
-    Raises:
-        DsireError: no layer fits; the message says what the file holds and which subset would fit.
-    """
-    common = [layer for layer, shape in fitted.shapes.items() if file.shapes.get(layer) == shape]
-    here, there = kind_of_model(file.shapes), kind_of_model(fitted.shapes)
-    if not common:
-        widths = {shape[1] for layer, shape in file.shapes.items() if layer.endswith("attn2_to_k")}
-        ranks = {shape[2] for shape in file.shapes.values()}
-        fits = [SUBSETS_THAT_FIT.get((width, rank)) for width in widths for rank in ranks]
-        advice = f"--subset with one of: {' '.join(filter(None, fits))}" if any(fits) else "models of its own kind"
-        raise DsireError(f"{file.names[0]} has {here}, and the labelled models {there}: no layer fits; use {advice}")
-    notes = list(file.notes)
-    lacking = fitted.shapes.keys() - file.shapes.keys()
-    unknown = file.shapes.keys() - fitted.shapes.keys()
-    other_shape = len(fitted.shapes) - len(lacking) - len(common)
-    if lacking:
-        notes.append(
-            f"{len(lacking)} of the {len(fitted.shapes)} fitted layers are not in the file, such as {min(lacking)}"
-        )
-    if unknown:
-        notes.append(f"{len(unknown)} layers of the file are unknown to the labelled models, such as {min(unknown)}")
-    if other_shape:
-        notes.append(f"{other_shape} layers have other shapes ({here}) than the labelled models' ({there})")
-    kept = set(common)
-    voters = [voter for voter in fitted.voters if voter.layer in kept]
-    rank = fitted.values.shape[-1]
-    return replace(file, values=of_rank(file.of_voters(voters).values, rank), voters=voters, notes=notes)
-
-
-def kind_of_model(shapes: dict[str, list[int]]) -> str:
-    """What a set of layers looks like, for messages: layers, ranks, and the width of the cross-attention."""
-    ranks = " ".join(str(rank) for rank in sorted({shape[2] for shape in shapes.values()}))
-    widths = sorted({shape[1] for layer, shape in shapes.items() if layer.endswith("attn2_to_k")})
-    names = [f"{width}" + (f" ({SD_OF_WIDTH[width]})" if width in SD_OF_WIDTH else "") for width in widths]
-    return f"{len(shapes)} layers of rank {ranks}" + (f", cross-attention width {', '.join(names)}" if names else "")
+    return Comparison(tables, 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0), sure, recipes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1229,6 +1474,9 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
                     f"{file}: layer {layer} has [out, in, rank] {shape}, and in {files[0]} {first.shapes[layer]}"
                 )
     names = [name for shard in shards for name in shard.names]
+    recipes = [recipe for shard in shards for recipe in shard.recipes]
+    if len(recipes) not in (0, len(names)):
+        raise DsireError(f"some shards have a column `recipe`, and others none: {', '.join(files[:3])}")
     if len({type(name) for name in names}) > 1:  # integers in one shard, strings in another
         names = [str(name) for name in names]
     return replace(
@@ -1236,6 +1484,7 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
         values=torch.cat([shard.of_voters(first.voters).values for shard in shards], dim=1),
         sizes=torch.cat([shard.sizes for shard in shards]),
         names=names,
+        recipes=recipes,
         notes=list(dict.fromkeys(note for shard in shards for note in shard.notes)),
     )
 
@@ -1877,7 +2126,7 @@ def spectra_file(shard: Shard, rank: int, cache: Path) -> Path:
 def save_spectra(spectra: Spectra, shard: Shard, rank: int, cache: Path) -> None:
     from safetensors.torch import save
 
-    about = {"voters": spectra.voters, "names": spectra.names, "shapes": spectra.shapes, "notes": spectra.notes}
+    about = {name: getattr(spectra, name) for name in ("voters", "names", "shapes", "notes", "recipes")}
     header = {"key": cache_key(shard, rank), "about": json.dumps(about)}
     content = save({"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}, header)
     write_whole(spectra_file(shard, rank, cache), content)
@@ -2217,9 +2466,10 @@ def report_lines(
 
 
 def comparison_lines(
-    spectra: Spectra, tables: Tables, accuracies: Tensor, paper: dict[str, tuple[tuple[float, float], ...]]
+    spectra: Spectra, comparison: Comparison, paper: dict[str, tuple[tuple[float, float], ...]]
 ) -> list[str]:
     """The tables of `--compare`: the first one with the difference of the MAE to dsire's, and the paper's values."""
+    tables, accuracies, sure, recipes = comparison
     rows = tables["compare"]
     title = f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>18}"
     lines = [title + (f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")]
@@ -2234,11 +2484,47 @@ def comparison_lines(
     lines += breakdown("dsire by dataset size", tables["by_size"], "mae", "accuracy")
     if tables["unseen_sizes"]:
         lines += breakdown("sizes that were left out", tables["unseen_sizes"], "mae", "mape")
+    lines += sure_lines(spectra, comparison)
     lines.append(f"\n{'accuracy of single voters':48}{'%':>8}")
     for name, accuracy in sorted(by_block(spectra, accuracies).items(), key=lambda item: -item[1]):
         lines.append(f"{'mean of ' + name:48}{accuracy:8.1f}")
     for row in accuracies.argsort(descending=True, stable=True)[:5].tolist():
         lines.append(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:77}{float(accuracies[row]):8.1f}")
+    return lines
+
+
+def sure_lines(spectra: Spectra, comparison: Comparison) -> list[str]:
+    """How often the 90 % set holds the true size, and how many sizes it has, by size; the check's false alarms."""
+    sizes, tests = spectra.sizes, [run.test for run in comparison.tables["compare"]["dsire"]]
+    head = "".join(f"{name + ' holds %':>20}{'sizes':>8}" for name in comparison.sure)
+    lines = [f"\n{'the 90 % set':16}{head}{'not comparable %':>18}"]
+    for size in [*sizes.unique().tolist(), 0]:
+        cells = ""
+        for tables in comparison.sure.values():
+            its = [table[sizes[test] == size] if size else table for table, test in zip(tables, tests, strict=True)]
+            _, held, members, flagged = torch.cat(its).mean(0).tolist()
+            cells += f"{100 * held:20.1f}{members:8.2f}"
+        lines.append(f"{size or 'all':<16}{cells}{100 * flagged:18.1f}")
+    return lines + (recipe_lines(spectra, comparison.recipes) if comparison.recipes else [])
+
+
+def recipe_lines(spectra: Spectra, recipes: dict[str, Tensor]) -> list[str]:
+    """`by_recipe` as tables: what is asked in rows, what is labelled in columns; then every pair of recipes."""
+    names, seen, unseen, pairs = sorted(set(spectra.recipes)), recipes["seen"], recipes["unseen"], recipes["pairs"]
+    count = len(names)
+    alone = pairs.diagonal(dim1=0, dim2=1).T
+    other = (pairs.sum(0) - alone) / (count - 1)
+    lines = []
+    for title, column, scale in (("MAE", 0, 1), ("in the 90 % set %", 1, 100), ("not comparable %", 3, 100)):
+        heads = "".join(f"{head:>14}" for head in ("all recipes", "all others", "its own", "one other"))
+        lines.append(f"\nlog-ridge, {title:17}{heads}")
+        table = scale * torch.stack([its[:, column] for its in (seen, unseen, alone, other)], dim=1)
+        rows = [*zip(names, table.tolist(), strict=True), ("mean", table.mean(0).tolist())]
+        lines += [f"{name:28}" + "".join(f"{value:14.2f}" for value in values) for name, values in rows]
+    for title, column, scale in (("not comparable %", 3, 100), ("MAE", 0, 1)):
+        lines.append(f"\n{f'{title}, rows labelled':28}" + "".join(f"{number:>7}" for number in range(1, count + 1)))
+        for number, (name, row) in enumerate(zip(names, (scale * pairs[..., column]).tolist(), strict=True), start=1):
+            lines.append(f"{f'{number} {name}':28}" + "".join(f"{value:7.{0 if scale > 1 else 2}f}" for value in row))
     return lines
 
 
@@ -2252,20 +2538,31 @@ def breakdown(title: str, rows: dict[str, list[Experiment]], *metric_names: str)
 
 
 def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
+    """What is printed of one file: what the reader has to know first is in the first line."""
+    regression = estimate.predictor.startswith("log-")
     votes = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
-    lines = [f"\n{estimate.file}: {estimate.estimate} image{'s' if estimate.estimate != 1 else ''}"]
-    lines += ["  votes     " + ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005)]
-    if estimate.alike:
+    its = counted(estimate.estimate, "image")
+    lines = [f"\n{estimate.file}: {estimate.first[0] if estimate.first else its}"]
+    lines += [f"  {'because':10}{reason}" for reason in estimate.first[1:]]
+    lines += [f"  {'would be':10}{its}"] if estimate.first else []
+    shares = ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005)
+    lines += [f"  {'weights' if regression else 'votes':10}{shares}"]
+    if estimate.alike and not estimate.first:
         low, high, models, right = estimate.alike
-        members = " or ".join(str(size) for size in estimate.confidence_set) or "none of the sizes"
-        lines += [
-            f"  like it   of {models:g} left-out models with {low:.0%} to {high:.0%} of the votes, "
-            f"{right:g} were right",
-            f"  so        {members}, with {confidence:.0%} confidence, if it is one of the labelled sizes",
-        ]
+        what = "of the weight" if regression else "of the votes"
+        held = "held the size" if estimate.predictor == "log-regression" else "were right"
+        like = f"of {counted(int(models), 'left-out model')} with {low:.0%} to {high:.0%} {what}, {right:g} {held}"
+        lines.append(f"  {'like it':10}{like if models else f'no left-out model had {low:.0%} {what}'}")
+        link = " to " if estimate.predictor == "log-regression" else " or "
+        members = link.join(map(str, estimate.confidence_set)) or "none of the sizes"
+        lines.append(
+            f"  {'so':10}{members}, with {percent(confidence)} confidence, if its recipe and size are labelled"
+        )
+    if estimate.recipe:
+        lines.append(f"  {'recipe':10}nearest to {shown(estimate.recipe)}")
     if estimate.stated_size:
-        lines.append(f"  stated    {estimate.stated_size}")
-    return lines + [f"  note      {warning}" for warning in estimate.warnings]
+        lines.append(f"  {'stated':10}{estimate.stated_size}")
+    return lines + [f"  {'note':10}{warning}" for warning in estimate.warnings]
 
 
 def write_report(output: Path, settings: dict[str, Any], notes: list[str], details: dict[str, Any]) -> None:
@@ -2293,10 +2590,13 @@ def write_predictions(output: Path, spectra: Spectra, experiments: list[Experime
 
 def write_estimates(output: Path, found: list[Estimate]) -> None:
     """estimates.csv: a row for each file."""
-    table: list[list[Any]] = [["file", "estimate", "vote_share", "confidence_set", "stated_size", "warnings"]]
+    names = ["file", "estimate", "vote_share", "confidence_set", "recipe_p", "stated_size", "warnings"]
+    table: list[list[Any]] = [names]
     for one in found:
-        members, share = " ".join(map(str, one.confidence_set)), f"{max(one.votes.values()):.4f}"
-        table.append([one.file, one.estimate, share, members, one.stated_size or "", "; ".join(one.warnings)])
+        link = "-" if one.predictor == "log-regression" else " "
+        members, share = link.join(map(str, one.confidence_set)), f"{max(one.votes.values()):.4f}"
+        said = "; ".join([*one.first, *one.warnings])
+        table.append([one.file, one.estimate, share, members, f"{one.recipe_p:.4f}", one.stated_size or "", said])
     write_table(output / "estimates.csv", table)
 
 
@@ -2304,18 +2604,8 @@ def write_estimates(output: Path, found: list[Estimate]) -> None:
 # Pictures: the paper's Figures 2 to 6
 
 
-def draw_figures(
-    output: Path, spectra: Spectra, experiments: list[Experiment], growth: dict[str, list[Experiment]], title: str
-) -> None:
-    """Write confusion.png, spectra.png, layers.png and training.png into `output`.
-
-    Args:
-        output: an existing folder.
-        spectra: all labelled models.
-        experiments: the evaluation, for the confusion matrix.
-        growth: the evaluation by the number of training micro-datasets.
-        title: what the data and the predictor are called.
-    """
+def draw(output: Path, figures: dict[str, Callable[[Any], Any]]) -> None:
+    """Write pictures into a folder: name -> a function of matplotlib's pyplot that gives a figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -2330,14 +2620,8 @@ def draw_figures(
         "legend.frameon": False,
     }
     with matplotlib.rc_context(style):
-        figures = {
-            "confusion": confusion_figure(plt, spectra, experiments, title),
-            "spectra": spectra_figure(plt, spectra),
-            "layers": layers_figure(plt, spectra),
-            "training": training_figure(plt, growth, title),
-        }
-        for name, figure in figures.items():
-            image = io.BytesIO()
+        for name, figure_of in figures.items():
+            image, figure = io.BytesIO(), figure_of(plt)
             figure.savefig(image, format="png", metadata={"Software": None})
             plt.close(figure)
             write_whole(output / f"{name}.png", image.getvalue())
@@ -2348,8 +2632,9 @@ def confusion_figure(plt: Any, spectra: Spectra, experiments: list[Experiment], 
     true = torch.cat([spectra.sizes[run.test] for run in experiments])
     predicted = torch.cat([run.prediction.sizes for run in experiments])
     rows, columns = true.unique().tolist(), predicted.unique().tolist()
-    if len(columns) > 20:  # a regression's answers are counted at the nearest size
+    if len(columns) > 20:
         predicted = nearest_size(predicted, true.unique())
+        title += "\n(answers between the sizes are counted at the nearest one)"
     columns = sorted(set(rows) | set(predicted.unique().tolist()))
     table = torch.stack(
         [torch.stack([(predicted[true == row] == column).double().mean() for column in columns]) for row in rows]
@@ -2367,7 +2652,7 @@ def confusion_figure(plt: Any, spectra: Spectra, experiments: list[Experiment], 
     return figure
 
 
-def size_colours(plt: Any, sizes: list[int]) -> list[Any]:
+def size_colours(plt: Any, sizes: Sequence[Any]) -> list[Any]:
     """Dark for small, light for large: viridis without its lightest end, which fades on white."""
     return [plt.get_cmap("viridis")(0.9 * index / max(1, len(sizes) - 1)) for index in range(len(sizes))]
 
@@ -2434,6 +2719,41 @@ def training_figure(plt: Any, growth: dict[str, list[Experiment]], title: str) -
     return figure
 
 
+PICTURED = 20  # files at most in a picture
+
+
+def estimates_figure(plt: Any, rows: list[tuple[Estimate, Spectra, Spectra]]) -> Any:
+    """For each file the norms of its matrices, as lines over those of the labelled models by size, its set shaded.
+
+    Args:
+        rows: each with the estimate, the labelled models, and the file's model on the same voters.
+    """
+    matrices = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in rows[0][1].voters)]
+    shape, inches = (len(rows), len(matrices)), (3.2 * len(matrices), 2.8 * len(rows))
+    figure, axes = plt.subplots(*shape, figsize=inches, squeeze=False)
+    for line, (estimate, fitted, file) in zip(axes, rows, strict=True):
+        sizes, recipes = fitted.sizes.unique(), sorted(set(fitted.recipes)) or ["labelled models"]
+        place = torch.searchsorted(sizes, fitted.sizes)
+        held = [number for number, size in enumerate(sizes.tolist()) if estimate.holds(size)]
+        for axis, matrix in zip(line, matrices, strict=True):
+            its = torch.tensor([voter.matrix == matrix for voter in fitted.voters])
+            known, asked = (log_norms(side)[:, its].mean(1).exp() for side in (fitted, file))
+            for number, (recipe, colour) in enumerate(zip(recipes, size_colours(plt, recipes), strict=True)):
+                chosen, shift = fitted.of_recipe == number, 0.6 * (number + 0.5) / len(recipes) - 0.3
+                axis.scatter(place[chosen] + shift, known[chosen], s=6, color=colour, label=recipe)
+            axis.axhline(float(asked), color="black", linewidth=1, label="this file")
+            for number in held:
+                axis.axvspan(number - 0.5, number + 0.5, color="#d55e00", alpha=0.15, linewidth=0)
+            axis.set_yscale("log")
+            axis.set_xticks(range(len(sizes)), sizes.tolist())
+            axis.set(xlabel="dataset size (images)", ylabel=f"norm of {matrix}")
+        what = "not comparable" if estimate.first else counted(estimate.estimate, "image")
+        line[0].set_title(f"{shown(Path(estimate.file).name)}: {what}", loc="left", fontsize=10)
+    axes[0, -1].legend(fontsize=7)
+    figure.suptitle("Frobenius norms, geometric mean over layers; shaded: the set of sizes", fontsize=10)
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -2472,7 +2792,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--experiments", type=positive, default=protocol.experiments, help="how many (%(default)s)")
     add("--train_size", type=positive, default=protocol.train_size, help="micro-datasets to train on (%(default)s)")
     add("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="which ones vote (%(default)s)")
-    add("--predictor", choices=PREDICTORS, default="dsire", help="what turns spectra into a size (%(default)s)")
+    add("--predictor", choices=PREDICTORS, help="what turns spectra into a size (dsire; with --predict log-ridge)")
     add("--device", help="cuda, cpu, ... (default: cuda if available)")
     add("--keep_shards", action="store_true", help="keep downloads after their spectra are computed")
     add("--compare", action="store_true", help="all predictors and matrices, by size, training micro-datasets, layer")
@@ -2481,6 +2801,7 @@ def command_line() -> argparse.ArgumentParser:
     add(
         "--confidence", type=between_0_and_1, default=0.9, help="of the set of sizes that --predict names (%(default)s)"
     )
+    add("--leave_out", "--leave-out", choices=("name", "recipe"), default="name", help="what --predict judges by")
     add("--output", type=folder, help="folder for report.json, and predictions.csv or estimates.csv")
     return parser
 
@@ -2504,10 +2825,11 @@ def choose_device(name: str | None) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit code, 2 if some of what was asked could not be had."""
     notes: list[str] = []
-    if arguments.predict and (arguments.compare or arguments.plots):
-        raise DsireError("--compare and --plots are about the labelled models: leave them out with --predict")
+    if arguments.predict and arguments.compare:
+        raise DsireError("--compare is about the labelled models: leave it out with --predict")
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
+    arguments.predictor = arguments.predictor or ("log-ridge" if arguments.predict else "dsire")
     if arguments.dataset is None and arguments.subset is None:
         arguments.subset = SHIPPED_SUBSET
         notes.append("no --subset was given: this is the small subset that ships with the script")
@@ -2574,18 +2896,26 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
         "std": {metric: std for metric, (_, std) in summary.items()},
     }
     if arguments.compare:
-        tables, accuracies = compare(spectra, protocol)
-        lines += comparison_lines(spectra, tables, accuracies, paper_values(settings))
-        details |= {name: {row: mean_and_std(its) for row, its in table.items()} for name, table in tables.items()}
-        details["by_layer"] = dict(zip(map(" ".join, spectra.voters), accuracies.tolist(), strict=True))
-        details["by_block"] = by_block(spectra, accuracies)
+        found = compare(spectra, protocol)
+        lines += comparison_lines(spectra, found, paper_values(settings))
+        tables = found.tables.items()
+        details |= {name: {row: mean_and_std(its) for row, its in table.items()} for name, table in tables}
+        details["by_layer"] = dict(zip(map(" ".join, spectra.voters), found.accuracies.tolist(), strict=True))
+        details["by_block"] = by_block(spectra, found.accuracies)
+        details["by_recipe"] = {name: table.tolist() for name, table in found.recipes.items()}
     if arguments.output:
         write_predictions(arguments.output, spectra, results)
         write_report(arguments.output, settings, notes, details)
     if arguments.plots:
         growth = by_train_size(spectra, predictor, protocol)
-        title = f"{arguments.predictor} on {settings['subset']}"
-        draw_figures(arguments.output, spectra, results, growth, title)
+        title = f"{arguments.predictor} on {settings['subset']}, {len(spectra.names)} models"
+        figures: dict[str, Callable[[Any], Any]] = {
+            "confusion": lambda plt: confusion_figure(plt, spectra, results, title),
+            "spectra": lambda plt: spectra_figure(plt, spectra),
+            "layers": lambda plt: layers_figure(plt, spectra),
+            "training": lambda plt: training_figure(plt, growth, f"{title} (bars: std over experiments)"),
+        }
+        draw(arguments.output, figures)
     say(lines)
 
 
@@ -2593,8 +2923,15 @@ def predict(
     arguments: argparse.Namespace, fitted: Spectra, paths: list[Path], settings: dict[str, Any], notes: list[str]
 ) -> bool:
     """An estimate for each file that can be read, and an error for each that can't; True if all could be."""
+    by_recipe = arguments.leave_out == "recipe"
+    units, unit = (fitted.of_recipe, "recipe") if by_recipe else (fitted.micro_datasets, "micro-dataset")
+    if by_recipe and len(units.unique()) == 1:
+        raise DsireError(
+            "--leave_out=recipe needs labelled models of two recipes: a column `recipe` says which is which"
+        )
+    notes = notes + what_can_be_supported(fitted.sizes, units, arguments.confidence, unit)
     alike: dict[tuple[Voter, ...], list[Spectra]] = {}  # files with the same layers are judged together
-    found = []
+    judged: list[tuple[Estimate, Spectra, Spectra]] = []
     for path in paths:
         try:
             file = matched(file_spectra(path), fitted)
@@ -2603,14 +2940,21 @@ def predict(
             print_error(error)
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
-        found += estimates(known, files, PREDICTORS[arguments.predictor], arguments.confidence)
+        its = estimates(known, files, arguments.predictor, arguments.confidence, units)
+        judged += [(estimate, known, file) for estimate, file in zip(its, files, strict=True)]
     order = {str(path): number for number, path in enumerate(paths)}
-    found.sort(key=lambda estimate: order[estimate.file])
+    judged.sort(key=lambda one: order[one[0].file])
+    found = [estimate for estimate, _, _ in judged]
     if arguments.output:
         write_estimates(arguments.output, found)
         details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]
         write_report(arguments.output, settings, notes, {"estimates": details})
-    lines = describe(fitted, settings, notes)
+    if arguments.plots and judged:
+        drawn = judged[:PICTURED]
+        draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn)})
+        if len(judged) > PICTURED:
+            notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
+    lines = describe(fitted, settings, notes, f"predictor {arguments.predictor}")
     say(lines + [line for estimate in found for line in estimate_lines(estimate, arguments.confidence)])
     return len(found) == len(paths)
 
