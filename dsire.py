@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""DSiRe: how many images was a LoRA trained on? Dataset size recovery from LoRA weights (arXiv:2406.19395).
+"""DSiRe: how many images was a LoRA trained on? (arXiv:2406.19395)
 
-    python dsire.py                                     # the subset that ships with the script, offline
-    python dsire.py --subset=low_32 --rank=32           # a subset of LoRA-WiSE, from the Hugging Face Hub
+    python dsire.py                            # the subset that ships, offline
+    python dsire.py --subset=low_32 --rank=32  # LoRA-WiSE, from the Hub
     python dsire.py --subset=low_32 --predict my_lora.safetensors
-    python dsire.py --dataset=my_labelled_loras --predict folder/ user/name --output=results
+    python dsire.py --dataset=my_loras --predict folder/ user/name --output=out
 
-The script reads from top to bottom as the paper does: a LoRA layer and its spectra, the voters and the vote, a
-regression beyond the paper, the protocol, how sure an estimate is. Then come the weights: the names of LoRA matrices,
-parquet, LoRA files, where they come from and the cache of spectra. Last: the report, pictures, the command line.
+The script reads from top to bottom as the paper does: a LoRA layer and its
+spectra, the voters and the vote, a regression beyond the paper, the protocol,
+how sure an estimate is, everything compared. Then the weights: the names of
+LoRA matrices, parquet, LoRA files, where they come from, the cache of spectra.
+Last: the report, pictures, the command line.
 """
 
 from __future__ import annotations
@@ -565,10 +567,10 @@ class LogRidge:
         return cls(candidates, answers, y - errors, turns, deviation)
 
     def prediction(self, answers: Tensor) -> Prediction:
-        """The training sizes nearest to answers, log n of any shape."""
-        distances = (answers[..., None] - self.candidates.double().log()) / max(self.deviation, 1e-9)
-        shares = torch.softmax(-distances.square() / 2, dim=-1)
-        images = answers.clamp(0, math.log(2**53)).exp()
+        """The training sizes nearest to answers, log n of any shape; in images up to four times beyond those sizes."""
+        sizes = self.candidates.double().log()
+        shares = torch.softmax(-((answers[..., None] - sizes) / max(self.deviation, 1e-9)).square() / 2, dim=-1)
+        images = answers.clamp(float(sizes[0]) - math.log(4), float(sizes[-1]) + math.log(4)).exp().clamp_min(1)
         return Prediction(self.candidates[shares.argmax(-1)], self.candidates, shares, images)
 
 
@@ -2471,15 +2473,15 @@ def comparison_lines(
     """The tables of `--compare`: the first one with the difference of the MAE to dsire's, and the paper's values."""
     tables, accuracies, sure, recipes = comparison
     rows = tables["compare"]
-    title = f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>18}"
+    title = f"\n{'':15}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>17}"
     lines = [title + (f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")]
     for name, experiments in rows.items():
         differences = torch.tensor([one.mae - other.mae for one, other in zip(experiments, rows["dsire"], strict=True)])
         error = float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
         cell = "" if name == "dsire" else f"{float(differences.mean()):+.3f} ± {error:.3f}"
-        line = f"{name:16}{summary_cells(mean_and_std(experiments).values())}{cell:>18}"
+        line = f"{name:15}{summary_cells(mean_and_std(experiments).values())}{cell:>17}"
         lines.append(line + (summary_cells(paper[name]) if name in paper else ""))
-    lines.append("(± the standard deviation over experiments; for differences, the standard error of their mean)")
+    lines.append("(± the standard deviation over experiments; of differences, the standard error)")
     lines += breakdown("dsire by training micro-datasets", tables["by_train_size"], "mae", "accuracy")
     lines += breakdown("dsire by dataset size", tables["by_size"], "mae", "accuracy")
     if tables["unseen_sizes"]:
@@ -2489,7 +2491,7 @@ def comparison_lines(
     for name, accuracy in sorted(by_block(spectra, accuracies).items(), key=lambda item: -item[1]):
         lines.append(f"{'mean of ' + name:48}{accuracy:8.1f}")
     for row in accuracies.argsort(descending=True, stable=True)[:5].tolist():
-        lines.append(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:77}{float(accuracies[row]):8.1f}")
+        lines.append(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:69}{float(accuracies[row]):8.1f}")
     return lines
 
 
@@ -2792,7 +2794,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--experiments", type=positive, default=protocol.experiments, help="how many (%(default)s)")
     add("--train_size", type=positive, default=protocol.train_size, help="micro-datasets to train on (%(default)s)")
     add("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="which ones vote (%(default)s)")
-    add("--predictor", choices=PREDICTORS, help="what turns spectra into a size (dsire; with --predict log-ridge)")
+    kinds = f"one of {', '.join(PREDICTORS)} (dsire, and log-ridge with --predict)"
+    add("--predictor", choices=PREDICTORS, metavar="NAME", help=kinds)
     add("--device", help="cuda, cpu, ... (default: cuda if available)")
     add("--keep_shards", action="store_true", help="keep downloads after their spectra are computed")
     add("--compare", action="store_true", help="all predictors and matrices, by size, training micro-datasets, layer")
