@@ -933,7 +933,7 @@ def estimates(
     values = torch.cat([file.values for file in files], dim=1).to(fitted.values.device)
     names, stated = [str(file.names[0]) for file in files], torch.cat([file.sizes for file in files])
     new = replace(files[0], values=values, names=names, sizes=stated)
-    several = int(units.max()) > 0
+    several, regression = int(units.max()) > 0, predictor == "log-regression"
     if several:
         answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
         p, check = conformal_p(fitted.sizes, units, left_out), check_recipe(fitted, new, units)
@@ -966,9 +966,9 @@ def estimates(
             one = replace(
                 one,
                 alike=models_alike(max(shares), sure, right),
-                confidence_set=members[:: max(1, len(members) - 1)] if predictor == "log-regression" else members,
+                confidence_set=[members[0], members[-1]] if regression and members else members,
                 recipe_p=float(check.p[row]),
-                recipe=fitted.recipes[int(check.nearest[row])] if fitted.recipes else "",
+                recipe=fitted.recipes[int(check.nearest[row])] if fitted.of_recipe.any() else "",
             )
             if one.confidence_set and not one.holds(one.estimate):
                 one.warnings.append("the set does not hold the estimate: trust the set")
@@ -1199,7 +1199,7 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
         sure = {
             name: done([how_sure(spectra, run, PREDICTORS[name]) for run in runs]) for name in ("dsire", "log-ridge")
         }
-        recipes = done(by_recipe(spectra, runs) if spectra.recipes else {})
+        recipes = done(by_recipe(spectra, runs) if spectra.of_recipe.any() else {})
     found["dsire"], found["dsire-average"] = [*map(majority, votes["runs"])], [*map(average, votes["runs"])]
     found["log-ridge"], found["log-regression"] = fits["runs"], [*map(unrounded, fits["runs"])]
     rows = {name: judge_all(spectra, runs, found[name]) for name in PREDICTORS}

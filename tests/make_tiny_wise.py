@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +75,7 @@ RECIPES = {
 WEIGHT_DECAY = 1e-2
 DRAWS = 8  # of noise for each image of a step: 64 numbers, not the 16,384 of a latent, would leave a gradient noisy
 SEED = 0
+AT_ONCE = 48  # fine-tunes in one process
 PILOT_SEED = {"low_4": SEED, "medium_4": SEED, "recipes_4": 1}  # of fine-tunes
 SHARD_MODELS = {"low_4": 48, "medium_4": 30, "recipes_4": 84}
 PRECISION = {"low_4": torch.float32, "medium_4": torch.float32, "recipes_4": torch.float16}  # half of it, half the file
@@ -210,65 +210,103 @@ def columns_of(layer: str) -> tuple[str, str]:
     return f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"
 
 
-def fine_tune(base: Path, path: Path, images: torch.Tensor, digits: torch.Tensor, recipe: Recipe, seed: int) -> None:
-    """One LoRA on images [size, 1, 8, 8] that show these digits.
-
-    The seed, and with it the LoRA's first weights, the noise and the time steps, is the same for every model.
-    """
-    if path.exists():
-        return
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)  # of the LoRA's first weights
-    generator = torch.Generator().manual_seed(seed)
-    order = shuffled_forever(len(images), torch.Generator().manual_seed(seed))
-    unet, conditions = load_base(base)
-    layers = adapted_layers(unet)
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
-    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-    for _ in range(recipe.steps):
-        chosen = torch.tensor([next(order) for _ in range(recipe.batch)]).repeat_interleave(DRAWS)
-        draws = [draw_noise_evenly(DRAWS, generator) for _ in range(recipe.batch)]
-        noise, times = (torch.cat(parts) for parts in zip(*draws, strict=True))
-        loss = denoising_loss(unet, images[chosen], conditions[digits[chosen]], noise, times).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if recipe.decay:
-            decay.step()
-    found = get_peft_model_state_dict(unet)
-    weights = {}
-    for layer in layers:
-        a, b = columns_of(layer)
-        weights |= {a: found[f"{layer}.lora_A.weight"], b: found[f"{layer}.lora_B.weight"]}
-    save_whole(weights, path)
-
-
 class Model(NamedTuple):
-    """A fine-tune: its size, micro-dataset and recipe, and the file of its weights."""
+    """A fine-tune: its size, micro-dataset and recipe, the file of its weights, its images and the digits they show."""
 
     size: int
     name: str | int
     recipe: str
     path: Path
+    images: torch.Tensor
+    digits: torch.Tensor
+
+
+class Together(torch.nn.Module):
+    """A linear layer with the LoRAs of several models, whose inputs stand one model after the other in the batch.
+
+    Args:
+        layer: the base model's.
+        a: A as it is at first, the same for all models: [r, in].
+    """
+
+    def __init__(self, layer: torch.nn.Module, a: torch.Tensor, models: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.a = torch.nn.Parameter(a.repeat(models, 1, 1))
+        self.b = torch.nn.Parameter(torch.zeros(models, layer.out_features, len(a)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(len(self.a), -1, x.shape[-1])
+        return self.layer(x) + (rows @ self.a.mT @ self.b.mT).reshape(*x.shape[:-1], -1)
+
+
+def first_weights(base: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Layer -> A as PEFT draws it."""
+    torch.manual_seed(seed)
+    unet, _ = load_base(base)
+    layers = adapted_layers(unet)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
+    found = get_peft_model_state_dict(unet)
+    return {layer: found[f"{layer}.lora_A.weight"].clone() for layer in layers}
+
+
+def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int) -> None:
+    """A LoRA for each model, all trained at the same time: a network this small spends its time between operations.
+
+    They don't touch each other: every model has its own images, order of images and weights. The seed, and with it the
+    LoRA's first weights, the noise and the time steps, is the same for all.
+    """
+    torch.set_num_threads(1)
+    first = first_weights(base, seed)
+    unet, conditions = load_base(base)
+    for layer, a in first.items():
+        unet.set_submodule(layer, Together(unet.get_submodule(layer), a, len(models)))
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [shuffled_forever(len(model.images), torch.Generator().manual_seed(seed)) for model in models]
+    for _ in range(recipe.steps):
+        chosen = [[next(order) for _ in range(recipe.batch)] for order in orders]
+        images = torch.cat([model.images[its] for model, its in zip(models, chosen, strict=True)])
+        digits = torch.cat([model.digits[its] for model, its in zip(models, chosen, strict=True)])
+        draws = [draw_noise_evenly(DRAWS, generator) for _ in range(recipe.batch)]
+        noise, times = (torch.cat(parts * len(models)) for parts in zip(*draws, strict=True))
+        images, conditioned = images.repeat_interleave(DRAWS, 0), conditions[digits.repeat_interleave(DRAWS)]
+        loss = denoising_loss(unet, images, conditioned, noise, times).view(len(models), -1).mean(1).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if recipe.decay:
+            decay.step()
+    for number, model in enumerate(models):
+        weights = {}
+        for layer in first:
+            together, (a, b) = unet.get_submodule(layer), columns_of(layer)
+            weights |= {a: together.a[number], b: together.b[number]}
+        save_whole(weights, model.path)
 
 
 def fine_tune_all(subset: str, work: Path, pilot: bool, processes: int) -> list[Model]:
-    """Every (micro-dataset, size, recipe), one process a core: the models in a shuffled order."""
+    """Every (micro-dataset, size, recipe), some at a time, one process a core: the models in a shuffled order."""
     base = work / "base.safetensors"
     train_base(base)
     folder = work / f"{subset}{'_pilot' * pilot}"
     seed = PILOT_SEED[subset] if pilot else SEED
     models, runs = [], []
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        for name, (images, digits) in micro_datasets(subset, pilot).items():
-            for size, (recipe, how) in product(SIZES[subset], RECIPES[subset].items()):
-                words = [str(name), str(size), *recipe.replace("/", "by").split()]
-                path = folder / f"{'_'.join(words)}.safetensors"
-                models.append(Model(size, name, recipe, path))
-                its_images = images[:size].clone()  # a view would be sent with all its images
-                runs.append(pool.submit(fine_tune, base, path, its_images, digits[:size].clone(), how, seed))
+        for recipe, how in RECIPES[subset].items():
+            its = []
+            for name, (images, digits) in micro_datasets(subset, pilot).items():
+                for size in SIZES[subset]:
+                    words = [str(name), str(size), *recipe.replace("/", "by").split()]
+                    path = folder / f"{'_'.join(words)}.safetensors"
+                    # a view of the images would be sent with all of them
+                    its.append(Model(size, name, recipe, path, images[:size].clone(), digits[:size].clone()))
+            models += its
+            left = [model for model in its if not model.path.exists()]
+            for start in range(0, len(left), AT_ONCE):
+                runs.append(pool.submit(fine_tune, base, left[start : start + AT_ONCE], how, seed))
         for run in tqdm(runs, desc=folder.name, mininterval=10):
             run.result()
     order = np.random.default_rng(SEED).permutation(len(models))  # LoRA-WiSE's rows are in no useful order either
