@@ -22,6 +22,7 @@ import gc
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -31,12 +32,14 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
@@ -55,7 +58,7 @@ SHIPPED = Path(__file__).resolve().parent / "tests" / "tiny_wise"
 SHIPPED_SUBSET = "low_4"
 CACHE = Path(".cache/lora_wise")
 MATRICES = ("A", "B", "BA")
-CACHE_FORMAT = 2  # part of every cache key: spectra that were written in another form are computed anew
+CACHE_FORMAT = 3  # part of every cache key: spectra that were written in another form are computed anew
 DISTANCES_AT_ONCE = 2**20  # of one voter, by the nearest-neighbour search: 8 MiB for each core
 BYTES_AT_ONCE = 2**27  # of decoded columns, over all cores
 
@@ -94,6 +97,10 @@ T = TypeVar("T")
 
 class DsireError(Exception):
     """Something the user can mend; the message is one line that says what to do."""
+
+
+class NoLora(DsireError):
+    """A sound file of something else, such as lies beside LoRAs: in a folder it is left out and counted."""
 
 
 def shown(what: object) -> str:
@@ -1295,7 +1302,7 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
             raise DsireError(f"{file}: {shown(lone)} has no partner: the layer's {lacking} is missing")
     if not layers:
         kind = "a full checkpoint, not a LoRA" if others else "empty"
-        raise DsireError(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): it is {kind}")
+        raise NoLora(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): it is {kind}")
     return layers, others
 
 
@@ -1313,7 +1320,7 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     """The lists of one column as a batch [models, numbers of a matrix], float64; lists of lists are flattened.
 
     Raises:
-        DsireError: not lists of floating point numbers, nulls, lengths that differ or that the rank does not divide.
+        DsireError: not lists of floating point numbers, nulls, lengths that differ or that do not fit the rank.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -1321,51 +1328,78 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     kinds = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     length, nulls = 1, 0
+    shape: list[int] = []  # several numbers where the column's type tells the shape of the matrix
     while isinstance(values, pa.ExtensionArray) or isinstance(values.type, kinds):
         if isinstance(values, pa.ExtensionArray):
+            shape += getattr(values.type, "shape", ())
             values = values.storage
             continue
         nulls += values.null_count
         bounds = pc.min_max(pc.list_value_length(values)).as_py()
         if bounds["min"] != bounds["max"]:
             raise different_lengths(file, name, length * bounds["min"], length * bounds["max"])
-        length, values = length * bounds["max"] if bounds["max"] else 0, values.flatten()
-    if not isinstance(column.type, (*kinds, pa.BaseExtensionType)) or not pa.types.is_floating(values.type):
+        shape.append(bounds["max"] or 0)
+        length, values = length * shape[-1], values.flatten()
+    alpha = name.endswith(".alpha")  # also a whole number, and not in a list
+    real = pa.types.is_floating(values.type) or (alpha and pa.types.is_integer(values.type))
+    if not real or not (alpha or isinstance(column.type, (*kinds, pa.BaseExtensionType))):
         raise DsireError(f"{file}: column {shown(name)} holds {column.type}, not lists of floating point numbers")
     if nulls + values.null_count:
         raise DsireError(f"{file}: column {shown(name)} has {nulls + values.null_count} nulls: a matrix is missing")
-    if length == 0 or length % rank:
+    if alpha and length != 1:
+        raise DsireError(f"{file}: column {shown(name)} has {length} numbers a row; alpha is one")
+    if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
+        its = " x ".join(map(str, shape)) if len(shape) > 1 else length
         raise DsireError(
-            f"{file}: column {shown(name)} has {length} numbers a row, which --rank={rank} does not divide"
+            f"{file}: column {shown(name)} has {its} numbers a row, which does not fit rank {rank}: give another --rank"
         )
     numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
     return numbers.to(torch.float64).view(-1, length)
 
 
+def dataset_size(label: Any) -> int:
+    """The number of images that a label says, as a number of any kind or in digits; 0 if it says none from 1 up."""
+    if isinstance(label, str) and re.fullmatch(r"\s*[0-9]{1,16}(\.0*)?\s*", label):
+        label = Decimal(label.strip())
+    number = isinstance(label, (int, float, Decimal)) and not isinstance(label, bool)
+    return int(label) if number and 1 <= label < 2**53 and label == int(label) else 0
+
+
+def class_names(schema: Any, column: str) -> list[str]:
+    """What the numbers of a column stand for, if `datasets` wrote it as a ClassLabel, or []."""
+    try:
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [str(name) for name in names]
+
+
 def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
-    """The columns `label` (size n) and `name` (micro-dataset) of a shard.
+    """The columns `label` (size n) and `name` (micro-dataset) of a shard; of a ClassLabel, the names of its classes.
 
     Raises:
         DsireError: a column is missing, has nulls, or does not hold sizes from 1 up and names.
     """
-    import pyarrow as pa
-
     missing = {"label", "name"} - set(table.column_names)
     if len(table.column_names) > 2:
         raise DsireError(f"{file}: there are two columns `label`, or two `name`; there must be one of each")
     if missing:
         raise DsireError(f"{file}: column {' and '.join(sorted(missing))} is missing; there must be `label` and `name`")
-    labels, names = table.column("label"), table.column("name")
-    if labels.null_count or names.null_count:
-        raise DsireError(f"{file}: `label` or `name` has nulls; every model needs its size and micro-dataset")
-    kind = names.type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DsireError(f"{file}: column name holds {kind}; it must hold strings or integers")
-    sizes = labels.to_pylist()
-    wrong = [n for n in sizes if type(n) not in (int, float) or not 1 <= n < 2**53 or n != int(n)]
+    found: dict[str, list[Any]] = {}
+    for column in ("label", "name"):
+        found[column], classes = table.column(column).to_pylist(), class_names(table.schema, column)
+        if None in found[column]:
+            raise DsireError(f"{file}: `label` or `name` has nulls; every model needs its size and micro-dataset")
+        if classes and not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
+            raise DsireError(f"{file}: column {column} has numbers that are none of its {len(classes)} classes")
+        found[column] = [classes[number] for number in found[column]] if classes else found[column]
+    if not {type(name) for name in found["name"]} <= {int, str}:
+        raise DsireError(f"{file}: column name holds {table.column('name').type}; it must hold strings or integers")
+    wrong = [label for label in found["label"] if not dataset_size(label)]
     if wrong:
-        raise DsireError(f"{file}: column label holds {wrong[0]!r}; a dataset size is a whole number from 1 up")
-    return torch.tensor(sizes, dtype=torch.int64), names.to_pylist()
+        label = repr(wrong[0]) if isinstance(wrong[0], (int, float, str)) else shown(wrong[0])
+        raise DsireError(f"{file}: column label holds {shown(label)}; a dataset size is a whole number from 1 up")
+    return torch.tensor([dataset_size(label) for label in found["label"]], dtype=torch.int64), found["name"]
 
 
 @contextmanager
@@ -1375,6 +1409,8 @@ def parquet_errors(path: Path) -> Iterator[None]:
         yield
     except DsireError:
         raise
+    except NotImplementedError as error:  # polars writes integers of 128 bits
+        raise DsireError(f"{path} holds what pyarrow can't read ({shown(error)}): write it with other types") from error
     except Exception as error:
         raise DsireError(f"{path} is not a whole parquet file ({shown(error)}): delete it and fetch it anew") from error
 
@@ -1409,6 +1445,8 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
     unused = sorted(set(others) - {"label", "name"})
     notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
+    if any("magnitude" in pair for pair in layers.values()):
+        notes.append("DoRA: the magnitude vectors are set aside, only A and B are judged")
     order = voters_of(layers)
     values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
     return Spectra(values, sizes, names, order, {layer: shape for layer, (_, shape) in spectra.items()}, notes)
@@ -1420,12 +1458,13 @@ def pair_spectra(
     """The spectra of one layer in an open parquet file, [3, models, r], and its shape [out, in, rank].
 
     Args:
-        pair: the columns of "A" and "B".
+        pair: the columns of "A" and "B", and perhaps of LoCon's "mid", of "alpha" and of DoRA's "magnitude".
         models: what the file's models are called in a message.
         shard: what the file is called in a message.
     """
     found: list[Tensor] = []
     lengths: dict[str, int] = {}
+    pair = {matrix: name for matrix, name in pair.items() if matrix != "magnitude"}
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=list(pair.values()), use_threads=False)
         if not len(table):
@@ -1436,12 +1475,23 @@ def pair_spectra(
             if lengths.setdefault(matrix, here) != here:
                 raise different_lengths(shard, name, lengths[matrix], here)
         a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
+        if "mid" in flat:  # as in lora_matrices
+            if lengths["mid"] % rank**2:
+                raise DsireError(
+                    f"{shard}: column {shown(pair['mid'])} has {lengths['mid']} numbers a row, not r x r x k"
+                )
+            a = torch.einsum("nijk,njm->nimk", flat["mid"].view(len(table), rank, rank, -1), a).flatten(2)
         try:
-            found.append(batch_spectra(a, b, device))
+            spectra = batch_spectra(a, b, device)
+            if "alpha" in flat:
+                spectra[2] *= flat["alpha"].abs() / rank
+            if not spectra.isfinite().all():
+                raise FloatingPointError
+            found.append(spectra)
         except FloatingPointError:
             its_models = models[sum(its.shape[1] for its in found) :]
             raise DsireError(f"{shard}: {what_is_not_finite(flat, pair, its_models)}") from None
-    return torch.cat(found, dim=1), [lengths["B"] // rank, lengths["A"] // rank, rank]
+    return torch.cat(found, dim=1), [b.shape[1], a.shape[2], rank]
 
 
 def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: list[str]) -> str:
@@ -1514,6 +1564,13 @@ def what_is_unusual(spectra: Spectra) -> list[str]:
 SAFE_ENDINGS = (".safetensors",)
 PICKLE_ENDINGS = (".bin", ".pt", ".ckpt", ".pth")
 WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
+
+
+# Pickles that trainers leave beside a LoRA: many hold more than tensors, so that they can't even be looked into
+TRAINERS = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states\.)"
+)
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 class Weights(NamedTuple):
@@ -1717,7 +1774,7 @@ def file_spectra(path: Path) -> Spectra:
         DsireError: the file can't be read, is not plain LoRA, or holds weights that are not finite.
     """
     spectra, shapes = {}, {}
-    with open_weights(path) as weights, one_thread_each():
+    with open_model(path) as weights, one_thread_each():
         layers, others = lora_layers(weights.keys, path.name)
         for layer, a, b, scale in lora_matrices(path, weights):
             try:
@@ -1785,20 +1842,80 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
     return None
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The files that a model was saved as: this one, or all of name-00001-of-00003.safetensors and so on."""
+    match = SHARD.fullmatch(path.name)
+    if not match or not 1 <= int(match[2]) <= int(match[3]):
+        return [path]
+    numbers = range(1, int(match[3]) + 1)
+    return [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}") for number in numbers]
+
+
+@contextmanager
+def open_model(path: Path) -> Iterator[Weights]:
+    """Open the weights of a model, all the files that it was saved as, as one."""
+    with ExitStack() as held:
+        parts = [held.enter_context(open_weights(part)) for part in parts_of(path)]
+        place = {key: part for part in parts for key in part.keys}
+        header = {key: value for part in parts for key, value in part.header.items()}
+        yield Weights([key for part in parts for key in part.keys], lambda key: place[key].tensor(key), header)
+
+
+def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The files below a folder with one of these endings, sorted; never hidden ones, such as macOS' ._name."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in endings
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def holds_no_lora(path: Path) -> bool:
+    """Whether a file is known to be of something else; what is wrong with a LoRA is said when it is judged."""
+    if path.suffix.lower() in PICKLE_ENDINGS and TRAINERS.match(path.name):
+        return True
+    try:
+        if path.suffix.lower() == ".parquet":
+            import pyarrow.parquet as pq
+
+            with parquet_errors(path):
+                return not lora_layers(pq.read_schema(path).names, path.name)
+        with open_model(path) as weights:
+            layers, _ = lora_layers(weights.keys, path.name)
+            # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
+            return not any(weights.tensor(pair["A"]).numel() for pair in layers.values())
+    except NoLora:
+        return True
+    except DsireError:
+        return False
+
+
 def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The LoRA files below a folder, sorted, and notes of what is left out.
+    """The LoRA files below a folder, sorted, and notes of what is left out; of shards of one model, the first one.
 
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
     """
-    found = sorted(
-        path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.relative_to(folder).parts
-    )
-    safe = [path for path in found if path.suffix.lower() in SAFE_ENDINGS]
-    pickles = [path for path in found if path.suffix.lower() in PICKLE_ENDINGS]
-    beside = {path.parent for path in safe}
-    left_out = [path for path in pickles if path.parent in beside]
-    notes = [f"{len(left_out)} pickles beside safetensors in {folder} are left out"] if left_out else []
-    return sorted({*safe, *pickles} - {*left_out}), notes
+    found = {
+        next(part for part in [*parts_of(path), path] if part.is_file())
+        for path in visible_files(folder, WEIGHT_ENDINGS)
+    }
+    loras: list[Path] = []
+    others, twice = [], []
+    for path in sorted(found, key=lambda path: (path.suffix.lower() in PICKLE_ENDINGS, path)):
+        safe_ones = {lora.parent for lora in loras if lora.suffix.lower() in SAFE_ENDINGS}
+        if path.suffix.lower() in PICKLE_ENDINGS and path.parent in safe_ones:
+            twice.append(path)
+        elif holds_no_lora(path):
+            others.append(path)
+        else:
+            loras.append(path)
+    notes = [f"{counted(len(twice), 'pickle')} beside safetensors in {folder} are left out"] if twice else []
+    if others:
+        such = shown(min(others).relative_to(folder).as_posix())
+        notes.append(f"{counted(len(others), 'file')} in {folder} hold no LoRA and are left out, such as {such}")
+    return sorted(loras), notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1821,12 +1938,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a subset. `commit` is the Hub's commit hash, or "" for a folder."""
+    """The files of a subset. `commit` is the Hub's commit hash, or "" for a folder; `notes` say what is left out."""
 
     dataset: str
     subset: str
     commit: str
     shards: list[Shard]
+    notes: list[str] = field(default_factory=list)
 
 
 def find_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> tuple[Source, list[str]]:
@@ -1835,38 +1953,61 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
     Raises:
         DsireError: no such dataset or subset, or the Hub can't be reached and nothing is known of it.
     """
-    folder = Path(dataset).expanduser()
-    if folder.is_dir():
+    folder = path_of(dataset)
+    if os.path.isdir(folder):
         return folder_source(folder, subset), []
+    if os.path.exists(folder):
+        raise DsireError(f"--dataset={dataset} is a file: give the folder that holds it")
     if folder.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") != 1:
-        raise DsireError(f"--dataset={dataset}: no such folder, and not a Hub repository (owner/name)")
+        raise DsireError(f"--dataset={shown(dataset)}: no such folder, and not a Hub repository (owner/name)")
     return hub_source(dataset, subset, revision, cache)
 
 
+def path_of(text: str) -> Path:
+    """A path that the user gave, with ~ as the shell has it."""
+    return Path(os.path.expanduser(text))
+
+
 def folder_source(folder: Path, subset: str | None) -> Source:
-    """The parquet files of a subset in a folder; or a folder of LoRA files as a subset of its own."""
-    parquet = sorted(folder.rglob("*.parquet"))
-    if (folder / "metadata.csv").is_file() or not parquet:
+    """The parquet files of a subset in a folder; or a folder of LoRA files as a subset of its own.
+
+    Its metadata.csv decides which files are read. Without one, LoRA files may lie beside the parquet of their images.
+    """
+    labels = metadata_csv(folder)
+    parquet = visible_files(folder, [".parquet"])
+    beside = subset is None and visible_files(folder, WEIGHT_ENDINGS) and all(map(holds_no_lora, parquet))
+    if labels is not None or not parquet or beside:
         if subset is not None:
-            raise DsireError(
-                f"--subset={subset}: {folder} holds no parquet, and LoRA files have no subsets; leave it out"
+            raise DsireError(f"--subset={subset}: {folder} holds LoRA files, which have no subsets; leave it out")
+        if labels is None:
+            files, notes = weight_files(folder)
+        else:
+            unlisted = [file for file in visible_files(folder.absolute(), WEIGHT_ENDINGS) if file not in labels]
+            unlisted = [file for file in unlisted if parts_of(file)[0] not in labels]
+            such = f", such as {shown(unlisted[0].name)}" if unlisted else ""
+            files, notes = (
+                list(labels),
+                [f"{len(unlisted)} files are not in metadata.csv and not read{such}"] * bool(such),
             )
-        files, _ = weight_files(folder)
+        if parquet:
+            notes.append(f"{counted(len(parquet), 'parquet file')} in {folder} are not read: LoRA files are")
         if not files:
-            raise DsireError(f"--dataset={folder} holds neither parquet nor LoRA files ({' '.join(WEIGHT_ENDINGS)})")
-        return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files])
+            what = "; ".join(["neither parquet nor LoRA files", *notes])
+            raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
+        return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files], notes)
+    notes = []
     if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
         files = sorted((folder / subset.replace("_", "/")).glob("*.parquet"))
     if folder != SHIPPED or not subset or not files:
         cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
         names = [path.relative_to(folder).as_posix() for path in parquet]
-        subset, names = files_of_subset(f"dataset {folder}", cards, names, subset)
+        subset, names, notes = files_of_subset(f"dataset {folder}", cards, names, subset)
         files = [folder / name for name in names]
-    return Source(str(folder), subset, "", [shard_on_disk(file) for file in files])
+    return Source(str(folder), subset, "", [shard_on_disk(file) for file in files], notes)
 
 
 def shard_on_disk(file: Path) -> Shard:
-    parts = [part for part in (file, file.with_name("adapter_config.json")) if part.is_file()]  # both decide BA
+    parts = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
     etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
     return Shard(str(file.absolute()), file.stat().st_size, etag)
 
@@ -1874,8 +2015,10 @@ def shard_on_disk(file: Path) -> Shard:
 CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
 
 
-def files_of_subset(what: str, cards: dict[str, Path], names: list[str], subset: str | None) -> tuple[str, list[str]]:
-    """The subset's name, and which of the parquet files are its: `datasets` reads the configs and their patterns.
+def files_of_subset(
+    what: str, cards: dict[str, Path], names: list[str], subset: str | None
+) -> tuple[str, list[str], list[str]]:
+    """The subset's name, which parquet files are its, and notes: `datasets` reads the configs and their patterns.
 
     It is shown a folder of links and of empty files, so that whatever else lies in the dataset (a script, images), or
     how the dataset's path is spelt, makes no difference; and that the Hub is asked by huggingface_hub alone.
@@ -1900,16 +2043,33 @@ def files_of_subset(what: str, cards: dict[str, Path], names: list[str], subset:
                 raise DsireError(f"{what} has several subsets: choose one with --subset: {' '.join(configs)}")
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
-            builder = datasets.load_dataset_builder(str(view), subset or configs[0], cache_dir=place)
+            subset = subset or configs[0]
+            splits: dict[str, list[str]] = {}
+            of_none = set(names)
+            for config in [subset, *(other for other in configs if other != subset)]:
+                if of_none:  # else nothing is left out, and the other subsets need no look
+                    builder = datasets.load_dataset_builder(str(view), config, cache_dir=place)
+                    of_config = {
+                        str(split): [Path(file).relative_to(view).as_posix() for file in files]
+                        for split, files in (builder.config.data_files or {}).items()
+                    }
+                    splits = of_config if config == subset else splits
+                    of_none -= {name for files in of_config.values() for name in files}
         except DsireError:
             raise
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
             reason = re.sub(r" with any supported extension.*", "", shown(error)).replace(str(view), "it")
             raise DsireError(f"{what} has no data to read: {reason}") from error
-        files = [Path(file) for split in (builder.config.data_files or {}).values() for file in split]
+        files = list(dict.fromkeys(name for split in splits.values() for name in split))
         if not files:
-            raise DsireError(f"{what}: subset {builder.config.name} has no parquet")
-        return builder.config.name, [file.relative_to(view).as_posix() for file in files]
+            raise DsireError(f"{what}: subset {subset} has no parquet")
+        notes = [f"the splits {' '.join(splits)} are taken together"] if len(splits) > 1 else []
+        if of_none:
+            left_out = f"{counted(len(of_none), 'parquet file')} of {what} belong to no split of a subset"
+            notes.append(
+                f"{left_out} and are left out, such as {shown(min(of_none))}: name them in README.md's configs"
+            )
+        return subset, files, notes
 
 
 class HubUnreachable(DsireError):
@@ -1956,7 +2116,9 @@ def hub_error(what: str, error: Exception) -> DsireError:
         return DsireError(f"{what} has no such --revision; give one of its branches, tags or commits")
     if isinstance(error, errors.RepositoryNotFoundError):
         return DsireError(f"{what} was not found on {hub}: check the name, and set HF_TOKEN if it is private")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
+    if isinstance(error, errors.HFValidationError):
+        return DsireError(f"{what} can't be a repository's name: {shown(error)}")
+    if isinstance(error, errors.RemoteEntryNotFoundError) or status == 404:
         return DsireError(f"{what} is listed but not there ({shown(error)}); try another --revision")
     if any(isinstance(its, errors.OfflineModeIsEnabled) for its in causes):
         return HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it")
@@ -1968,6 +2130,14 @@ def hub_error(what: str, error: Exception) -> DsireError:
     return kind(f"{what}: {hub} can't be reached ({shown(error)}): {look}")
 
 
+class SayRetries(logging.Handler):
+    """huggingface_hub tries again for half a minute, and tells its log alone: said in a line, the first time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "[Retry 1/" in record.getMessage():
+            print("the Hub is busy or can't be reached: waiting, to ask again", file=sys.stderr)
+
+
 def ask_hub(what: str, question: Callable[[Any], T]) -> T:
     """What a question, a function of HfApi, is answered; asked again after 1 and 5 seconds while the Hub is busy."""
     for wait in (1, 5, 0):
@@ -1975,7 +2145,8 @@ def ask_hub(what: str, question: Callable[[Any], T]) -> T:
             with hub_errors(what):
                 import huggingface_hub
 
-                huggingface_hub.logging.set_verbosity_error()
+                log = huggingface_hub.logging.get_logger("huggingface_hub")
+                log.handlers, log.propagate = [SayRetries()], False
                 if not sys.stderr.isatty():
                     huggingface_hub.utils.disable_progress_bars()
                 # some requests would wait for a silent server for ever: they get the time that its downloads have
@@ -2002,7 +2173,8 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     if known and revision == known.commit:
         return known, []
     try:
-        info = ask_hub(what, lambda api: api.dataset_info(dataset, revision=revision, timeout=30))
+        asked = what if dataset == LORA_WISE else f"no folder {dataset} is here; on the Hub, {what}"
+        info = ask_hub(asked, lambda api: api.dataset_info(dataset, revision=revision, timeout=30))
     except HubUnreachable as error:
         if not known:
             raise
@@ -2021,11 +2193,11 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     with disk_errors(cache):
         files = ask_hub(what, listed)
         cards = {name: fetched_card(name) for name in CARDS if name in files}
-        parquet = [name for name in files if name.endswith(".parquet")]
-        subset, names = files_of_subset(what, cards, parquet, subset)
+        parquet = [name for name in files if name.endswith(".parquet") and not re.search(r"(^|/)\.", name)]
+        subset, names, notes = files_of_subset(what, cards, parquet, subset)
     facts = [files[name] for name in names]
     shards = [Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id) for fact in facts]
-    source = Source(info.id, subset, info.sha, shards)
+    source = Source(info.id, subset, info.sha, shards, notes)
     write_json(note, asdict(source))
     return source, []
 
@@ -2290,37 +2462,51 @@ def compute_spectra(
             unused.add_done_callback(lambda its: None if its.exception() else its.result()[0].close())
 
 
-def cached_file_spectra(shard: Shard, cache: Path) -> Spectra:
-    found = load_spectra(shard, 0, cache)
-    if found is None:
-        found = file_spectra(Path(shard.file))
-        save_spectra(found, shard, 0, cache)
-    return found
+def about_file(error: DsireError, path: Path, name: str) -> str:
+    """What an error says of a file, after another name of it: below a folder, several may have one name."""
+    text = str(error).removeprefix(str(path)).removeprefix(path.name).removeprefix(":").strip()
+    return f"{shown(name)}: {text}"
 
 
 def folder_spectra(source: Source, cache: Path) -> Spectra:
     """The spectra of a folder of LoRA files, on the layers that all of them have.
 
-    Sizes and micro-datasets come from the folder's metadata.csv (file_name,label,name), or else from the files.
+    Sizes and micro-datasets come from the folder's metadata.csv (file_name,label,name), or else from the files. Files
+    whose micro-dataset isn't named share it with the other epochs of their training.
 
     Raises:
-        DsireError: metadata.csv can't be read, no file has a size, or no layer is in all of them.
+        DsireError: metadata.csv or a file in it can't be read, no file has a size, or no layer is in all of them.
     """
     folder = Path(source.dataset)
-    _, notes = weight_files(folder)
-    labels = metadata_csv(folder / "metadata.csv")
-    files = in_parallel(lambda shard: cached_file_spectra(shard, cache), source.shards, unit="file")
-    known = []
-    for shard, file in zip(source.shards, files, strict=True):
-        name = Path(shard.file).relative_to(folder.absolute()).as_posix()
-        size, micro_dataset = labels.pop(name, (0, name)) if labels is not None else (int(file.sizes[0]), name)
-        notes += [f"{name}: {note}" for note in file.notes]
+    labels = metadata_csv(folder)
+
+    def computed(shard: Shard) -> Spectra | DsireError:
+        try:
+            spectra = file_spectra(Path(shard.file))
+        except DsireError as error:
+            return error
+        save_spectra(spectra, shard, 0, cache)
+        return spectra
+
+    found: dict[Shard, Any] = {shard: load_spectra(shard, 0, cache) for shard in source.shards}
+    missing = [shard for shard, file in found.items() if file is None]
+    found |= dict(zip(missing, in_parallel(computed, missing, unit="file" if missing else ""), strict=True))
+    known, trainings, notes = [], [], []
+    for shard, file in found.items():
+        path = Path(shard.file)
+        name = path.relative_to(folder.absolute()).as_posix()
+        if isinstance(file, DsireError):
+            if labels is not None:
+                raise DsireError(about_file(file, path, name))
+            notes.append((name, about_file(file, path, "left out, as it can't be judged")))
+            continue
+        size, micro_dataset = labels[path] if labels is not None else (int(file.sizes[0]), "")
+        notes += [(name, note) for note in file.notes]
         if size:
-            known.append(replace(file, sizes=torch.tensor([size]), names=[micro_dataset]))
+            trainings += [] if micro_dataset else [training_of(path, name)]
+            known.append(replace(file, sizes=torch.tensor([size]), names=[micro_dataset or trainings[-1]]))
         else:
-            notes.append(f"{name} is left out: " + ("not in metadata.csv" if labels is not None else "no size stated"))
-    if labels:
-        raise DsireError(f"{folder / 'metadata.csv'} lists {next(iter(labels))}, which is not there")
+            notes.append((name, "left out, as it states no size"))
     if not known:
         raise DsireError(f"no file in {folder} has a size: write {folder / 'metadata.csv'} with file_name,label,name")
     shapes = [file.shapes for file in known]
@@ -2328,8 +2514,14 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
     if not common:
         raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
     dropped = {layer for its_shapes in shapes for layer in its_shapes} - set(common)
+    said = together(notes)
     if dropped:
-        notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
+        said.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
+    if trainings:
+        said.append(
+            f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv: each training is "
+            "a micro-dataset of its own, and nothing says which of them share images"
+        )
     voters = [voter for voter in known[0].voters if voter.layer in set(common)]
     rank = max(shapes[0][layer][2] for layer in common)
     return Spectra(
@@ -2338,36 +2530,77 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
         [name for file in known for name in file.names],
         voters,
         {layer: shapes[0][layer] for layer in common},
-        notes,
+        said,
     )
 
 
-def metadata_csv(path: Path) -> dict[str, tuple[int, str]] | None:
-    """file_name -> (label, name) from the metadata.csv of a folder; None without one.
+def together(notes: list[tuple[str, str]]) -> list[str]:
+    """Notes about files (name, note), in one line where they say the same but for their numbers."""
+    alike: dict[str, list[str]] = {}
+    for name, note in notes:
+        alike.setdefault(re.sub(r"\d+", "0", note), []).append(f"{shown(name)}: {note}")
+    return [its[0] + (f" (and so of {len(its) - 1} other files)" if len(its) > 1 else "") for its in alike.values()]
+
+
+# An epoch in the path of a file: name-000001.safetensors, name-step00000500.safetensors, checkpoint-500/name.bin
+EPOCH = re.compile(r"[-_. /]*(?:(?<![a-z])(?:checkpoint|epoch|step|ckpt)s?[-_ ]?\d+|(?<=-)\d{6})(?=[-_./]|$)", re.I)
+
+
+def training_of(path: Path, name: str) -> str:
+    """What the epochs of one training share: the name or session in kohya's header, or their path without the epoch."""
+    header: dict[str, str] = {}
+    if path.suffix.lower() in SAFE_ENDINGS:
+        with open_model(path) as weights:
+            header = weights.header
+    output = header.get("ss_output_name")
+    told = None if output in ("last", "epoch", "None") else output  # the names that kohya gives by itself
+    return told or header.get("ss_session_id") or EPOCH.sub("", str(Path(name).with_suffix(""))).strip("/") or "."
+
+
+def metadata_csv(folder: Path) -> dict[Path, tuple[int, str]] | None:
+    """File -> (label, name or "") from the metadata.csv of a folder; None without one.
+
+    A file may be called as Windows has it (a\\b), or with its accents composed in another way than on the disk.
 
     Raises:
-        DsireError: a column is missing, a label is no dataset size, or a file is listed twice.
+        DsireError: a column is missing, a label is no dataset size, or a file is not there or listed twice.
     """
+    path = folder / "metadata.csv"
     if not path.is_file():
         return None
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_text(encoding="utf-8-sig")
+        head = text.partition("\n")[0]
+        reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count))  # as spreadsheets write it
+        columns, *rows = [[cell.strip() for cell in row] for row in reader if any(map(str.strip, row))] or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise DsireError(f"{path} can't be read ({shown(error)})") from error
-    labels: dict[str, tuple[int, str]] = {}
+    if not {"file_name", "label"} <= set(columns):
+        raise DsireError(
+            f"{path} needs the columns file_name and label, and may have name; its first line is {shown(head)!r}"
+        )
+    if not rows:
+        raise DsireError(f"{path} lists no file: give each LoRA file a row of file_name,label,name")
+    files = {file.relative_to(folder).as_posix(): file.absolute() for file in folder.rglob("*") if file.is_file()}
+    alike = {plain_name(name): file for name, file in files.items()}
+    labels: dict[Path, tuple[int, str]] = {}
     for row in rows:
-        if row.get("file_name") is None or "label" not in row:
-            raise DsireError(f"{path} needs the columns file_name and label, in every row, and may have name")
-        name, label = Path(row["file_name"]).as_posix(), (row["label"] or "").strip()
-        try:
-            size = positive(label)
-        except argparse.ArgumentTypeError as error:
-            raise DsireError(f"{path}: the label of {name}: {error}") from None
-        if name in labels:
-            raise DsireError(f"{path} lists {name} twice")
-        labels[name] = (size, row.get("name") or name)
+        cells = dict(zip(columns, row, strict=False))
+        name, label = cells.get("file_name", ""), cells.get("label", "")
+        file = files.get(name) or alike.get(plain_name(name))
+        if not dataset_size(label):
+            raise DsireError(f"{path}: the label of {shown(name)}: {shown(label)!r} is not a whole number from 1 up")
+        if file is None:
+            raise DsireError(f"{path} lists {shown(name)}, which is not there")
+        if file in labels:
+            raise DsireError(f"{path} lists {shown(name)} twice")
+        labels[file] = (dataset_size(label), cells.get("name", ""))
     return labels
+
+
+def plain_name(name: str) -> str:
+    """A file's path as it is compared: with / between folders, and accents composed."""
+    return unicodedata.normalize("NFC", Path(name.replace("\\", "/")).as_posix())
 
 
 def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
@@ -2376,28 +2609,42 @@ def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
     Raises:
         DsireError: there is no such file, folder or repository, or no weight file in it.
     """
-    path = Path(item).expanduser()
-    if item and path.is_file():
+    path = path_of(item)
+    if item and os.path.isfile(path):
         return [path], []
-    here = bool(item) and path.exists()
+    here = bool(item) and os.path.exists(path)
     if not here:
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", item)
         if not match or match[1].endswith(WEIGHT_ENDINGS):
-            raise DsireError(f"{item or 'an empty name'}: no such file or folder")
+            raise DsireError(absent(item))
         repository, name = match[1], match[2]
+        what = item if name else f"{absent(item)} here; on the Hub, {item}"
         place = cache / "hub"
         patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
         with disk_errors(place):
             if name:
-                return [Path(ask_hub(item, lambda api: api.hf_hub_download(repository, name, cache_dir=place)))], []
+                return [Path(ask_hub(what, lambda api: api.hf_hub_download(repository, name, cache_dir=place)))], []
             path = Path(
-                ask_hub(item, lambda api: api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns))
+                ask_hub(what, lambda api: api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns))
             )
     files, notes = weight_files(path)
     if not files:
         hint = "" if here else "; name a pickle as user/name:file.bin"
-        raise DsireError(f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}")
+        what = "; ".join([f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}", *notes])
+        raise DsireError(what)
     return files, notes
+
+
+def absent(item: str) -> str:
+    """That nothing is at a path, and what is there under that name with an ending."""
+    path = path_of(item)
+    try:
+        alike = [file.name for file in path.parent.iterdir() if item and file.stem == path.name]
+    except OSError:
+        alike = []
+    return f"{shown(item) if item else 'an empty name'}: no such file or folder" + (
+        f" ({shown(alike[0])} is)" if alike else ""
+    )
 
 
 def positive(text: str) -> int:
@@ -2411,21 +2658,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def rank_of(source: Source, rank: int | None) -> int:
-    """The rank of the LoRAs in a subset: `rank`, or the one in its name, such as 32 in medium_32_2.
+def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
+    """The rank of the LoRAs in a subset: `rank`, or the one in a name like LoRA-WiSE's, 32 in medium_32_2; and notes.
+
+    Any other number in a name (fold_2, seed_42) is no rank, though the columns' lengths may fit it.
 
     Raises:
-        DsireError: neither says it, or they contradict each other.
+        DsireError: neither says it.
     """
     if source.shards[0].is_lora:
-        return 0  # such files say it themselves, layer by layer
-    match = re.fullmatch(r"[a-z]+_(\d+)(_\d+)?", source.subset)
-    named = int(match[1]) if match else None
-    if rank is None and named is None:
-        raise DsireError(f"subset {source.subset} doesn't have the rank in its name: give it with --rank")
-    if rank is not None and named is not None and rank != named:
-        raise DsireError(f"--rank={rank} contradicts the name of subset {source.subset}, whose rank is {named}")
-    return rank or named or 0
+        return 0, []  # such files say it themselves, layer by layer
+    match = re.fullmatch(r"(?:low|medium|high|rank|r)_(\d+)(_\d+)?", source.subset)
+    named = int(match[1]) if match else 0
+    if rank and named and rank != named:
+        return rank, [f"--rank={rank} is taken, though the name of subset {source.subset} tells rank {named}"]
+    if not rank and not named:
+        raise DsireError(f"subset {shown(source.subset)} doesn't have the rank in its name: give it with --rank")
+    return rank or named, []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2460,7 +2709,7 @@ def report_lines(
 ) -> list[str]:
     predictor, train_size = settings["predictor"], settings["train_size"]
     protocol = f"{train_size} micro-datasets to train, {spectra.count - train_size} to test"
-    lines = describe(spectra, settings, notes, f"{len(experiments)} experiments: {protocol}")
+    lines = describe(spectra, settings, notes, f"{counted(len(experiments), 'experiment')}: {protocol}")
     lines += [f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}"]
     lines += [f"{predictor:16}" + summary_cells(mean_and_std(experiments).values())]
     paper = paper_values(settings).get(predictor)
@@ -2590,8 +2839,8 @@ def write_predictions(output: Path, spectra: Spectra, experiments: list[Experime
     write_table(output / "predictions.csv", table)
 
 
-def write_estimates(output: Path, found: list[Estimate]) -> None:
-    """estimates.csv: a row for each file."""
+def write_estimates(output: Path, found: list[Estimate], refused: dict[str, str]) -> None:
+    """estimates.csv: a row for each file; those that were refused come last, without an estimate."""
     names = ["file", "estimate", "vote_share", "confidence_set", "recipe_p", "stated_size", "warnings"]
     table: list[list[Any]] = [names]
     for one in found:
@@ -2599,6 +2848,7 @@ def write_estimates(output: Path, found: list[Estimate]) -> None:
         members, share = link.join(map(str, one.confidence_set)), f"{max(one.votes.values()):.4f}"
         said = "; ".join([*one.first, *one.warnings])
         table.append([one.file, one.estimate, share, members, f"{one.recipe_p:.4f}", one.stated_size or "", said])
+    table += [[file, *[""] * (len(names) - 2), error] for file, error in refused.items()]
     write_table(output / "estimates.csv", table)
 
 
@@ -2777,8 +3027,17 @@ def between_0_and_1(text: str) -> float:
     return number
 
 
-def folder(text: str) -> Path:
-    return Path(text).expanduser()
+def output_folder(text: str) -> Path:
+    """A folder to write to, seen before anything is computed.
+
+    Raises:
+        argparse.ArgumentTypeError: it, or what is to hold it, is a file or can't be written to.
+    """
+    path = path_of(text)
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{shown(there)} is {'not writable' if there.is_dir() else 'a file'}")
+    return path
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -2789,7 +3048,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--rank", type=positive, help="the LoRA rank (default: the one in the subset's name)")
     add("--dataset", help=f"Hub repository, a folder of the same layout, or one of LoRA files (default: {LORA_WISE})")
     add("--revision", help="branch, tag or commit of the Hub dataset")
-    add("--cache_dir", type=folder, default=CACHE, help="for downloads and spectra (%(default)s)")
+    add("--cache_dir", type=path_of, default=CACHE, help="for downloads and spectra (%(default)s)")
     add("--seed", type=int, default=protocol.seed, help="of the experiments' splits (%(default)s)")
     add("--experiments", type=positive, default=protocol.experiments, help="how many (%(default)s)")
     add("--train_size", type=positive, default=protocol.train_size, help="micro-datasets to train on (%(default)s)")
@@ -2801,11 +3060,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--compare", action="store_true", help="all predictors and matrices, by size, training micro-datasets, layer")
     add("--plots", action="store_true", help="draw the paper's figures into --output")
     add("--predict", nargs="+", metavar="LORA", help="estimate for these files, folders or Hub repositories instead")
-    add(
-        "--confidence", type=between_0_and_1, default=0.9, help="of the set of sizes that --predict names (%(default)s)"
-    )
+    add("--confidence", type=between_0_and_1, help="of the set of sizes that --predict names (0.9)")
     add("--leave_out", "--leave-out", choices=("name", "recipe"), default="name", help="what --predict judges by")
-    add("--output", type=folder, help="folder for report.json, and predictions.csv or estimates.csv")
+    add("--output", type=output_folder, help="folder for report.json, and predictions.csv or estimates.csv")
     return parser
 
 
@@ -2830,6 +3087,9 @@ def run(arguments: argparse.Namespace) -> int:
     notes: list[str] = []
     if arguments.predict and arguments.compare:
         raise DsireError("--compare is about the labelled models: leave it out with --predict")
+    if arguments.confidence and not arguments.predict:
+        raise DsireError("--confidence is about the sets of sizes that --predict names: leave it out")
+    arguments.confidence = arguments.confidence or 0.9
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
     arguments.predictor = arguments.predictor or ("log-ridge" if arguments.predict else "dsire")
@@ -2837,18 +3097,18 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.subset = SHIPPED_SUBSET
         notes.append("no --subset was given: this is the small subset that ships with the script")
     if arguments.dataset is None:
-        ships = (SHIPPED / arguments.subset.replace("_", "/")).is_dir()
+        ships = os.path.isdir(SHIPPED / arguments.subset.replace("_", "/"))
         arguments.dataset = str(SHIPPED) if ships else LORA_WISE
     process, cache = Process.join(), arguments.cache_dir
     asked: list[Path] = []
-    refused = []
+    refused: dict[str, str] = {}
     for item in arguments.predict or [] if process.rank == 0 else []:  # before a subset is fetched for nothing
         try:
             files, left_out = files_to_predict(item, cache)
             asked += files
             notes += left_out
         except DsireError as error:
-            refused.append(item)
+            refused[item] = str(error)
             print_error(error)
     if refused and not asked:
         return 2
@@ -2860,13 +3120,13 @@ def run(arguments: argparse.Namespace) -> int:
         process.wait_for_others()
     elif source.shards[0].is_lora:
         return 0  # such a folder is not worth sharing
-    rank = rank_of(source, arguments.rank)
+    rank, about_rank = rank_of(source, arguments.rank)
     spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards, process)
     if process.rank:
         return 0  # the first process evaluates
     if arguments.rank and arguments.rank != spectra.values.shape[-1]:
         raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {spectra.values.shape[-1]}")
-    notes += said + spectra.notes + what_is_unusual(spectra)
+    notes += said + about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
     spectra = spectra.of_matrices(arguments.matrices)
     spectra = replace(spectra, values=spectra.values.to(device))
     settings = {
@@ -2877,7 +3137,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     try:
         if arguments.predict:
-            return 0 if predict(arguments, spectra, asked, settings, notes) and not refused else 2
+            return 0 if predict(arguments, spectra, asked, settings, notes, refused) else 2
         report(arguments, spectra, settings, notes)
         return 0
     except KeyboardInterrupt:
@@ -2923,9 +3183,18 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
 
 
 def predict(
-    arguments: argparse.Namespace, fitted: Spectra, paths: list[Path], settings: dict[str, Any], notes: list[str]
+    arguments: argparse.Namespace,
+    fitted: Spectra,
+    paths: list[Path],
+    settings: dict[str, Any],
+    notes: list[str],
+    refused: dict[str, str],
 ) -> bool:
-    """An estimate for each file that can be read, and an error for each that can't; True if all could be."""
+    """An estimate for each file that can be read, and an error for each that can't; True if all could be.
+
+    Args:
+        refused: what the user named and could not be had, and why.
+    """
     by_recipe = arguments.leave_out == "recipe"
     units, unit = (fitted.of_recipe, "recipe") if by_recipe else (fitted.micro_datasets, "micro-dataset")
     if by_recipe and len(units.unique()) == 1:
@@ -2940,7 +3209,8 @@ def predict(
             file = matched(file_spectra(path), fitted)
             alike.setdefault(tuple(file.voters), []).append(file)
         except DsireError as error:
-            print_error(error)
+            refused[str(path)] = about_file(error, path, str(path))
+            print_error(DsireError(refused[str(path)]))
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
         its = estimates(known, files, arguments.predictor, arguments.confidence, units)
@@ -2949,9 +3219,9 @@ def predict(
     judged.sort(key=lambda one: order[one[0].file])
     found = [estimate for estimate, _, _ in judged]
     if arguments.output:
-        write_estimates(arguments.output, found)
+        write_estimates(arguments.output, found, refused)
         details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]
-        write_report(arguments.output, settings, notes, {"estimates": details})
+        write_report(arguments.output, settings, notes, {"estimates": details, "refused": refused})
     if arguments.plots and judged:
         drawn = judged[:PICTURED]
         draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn)})
@@ -2959,7 +3229,7 @@ def predict(
             notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
     lines = describe(fitted, settings, notes, f"predictor {arguments.predictor}")
     say(lines + [line for estimate in found for line in estimate_lines(estimate, arguments.confidence)])
-    return len(found) == len(paths)
+    return not refused
 
 
 def say(lines: list[str]) -> None:
