@@ -271,7 +271,8 @@ class Spectra:
         voters: what each row of `values` is.
         shapes: layer -> [out, in, rank].
         notes: what was left out or is unusual, to be said in the report.
-        recipes: what the recipe that each model was trained with is called; empty where there is one.
+        recipes: what the recipe that each model was trained with is called; empty where nothing says it.
+        recipes_stated: whether that is what LoRA files' own headers state.
     """
 
     values: Tensor
@@ -281,6 +282,7 @@ class Spectra:
     shapes: dict[str, list[int]]
     notes: list[str] = field(default_factory=list)
     recipes: list[str] = field(default_factory=list)
+    recipes_stated: bool = False
 
     @cached_property
     def micro_datasets(self) -> Tensor:
@@ -939,7 +941,7 @@ def estimates(
     units = fitted.micro_datasets if units is None else units
     values = torch.cat([file.values for file in files], dim=1).to(fitted.values.device)
     names, stated = [str(file.names[0]) for file in files], torch.cat([file.sizes for file in files])
-    new = replace(files[0], values=values, names=names, sizes=stated)
+    new = replace(files[0], values=values, names=names, sizes=stated, recipes=[])
     several, regression = int(units.max()) > 0, predictor == "log-regression"
     if several:
         answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
@@ -979,6 +981,8 @@ def estimates(
             )
             if one.confidence_set and not one.holds(one.estimate):
                 one.warnings.append("the set does not hold the estimate: trust the set")
+        if fitted.recipes_stated and file.recipes and file.recipes[0] not in fitted.recipes:
+            one.first.append(f"states a recipe that no labelled model has: {file.recipes[0]}")
         if one.recipe_p <= NOT_COMPARABLE and same is None:
             one.first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
             one.first.extend(filter(None, [beyond[row]]))
@@ -1374,22 +1378,27 @@ def class_names(schema: Any, column: str) -> list[str]:
     return [str(name) for name in names]
 
 
-def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
-    """The columns `label` (size n) and `name` (micro-dataset) of a shard; of a ClassLabel, the names of its classes.
+LABELS = ("label", "name", "recipe")  # the columns about a model
+
+
+def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any], list[str]]:
+    """The columns `label` (size n), `name` (micro-dataset) and, where there is one, `recipe` of a shard.
+
+    Of a ClassLabel they are the names of its classes.
 
     Raises:
         DsireError: a column is missing, has nulls, or does not hold sizes from 1 up and names.
     """
     missing = {"label", "name"} - set(table.column_names)
-    if len(table.column_names) > 2:
-        raise DsireError(f"{file}: there are two columns `label`, or two `name`; there must be one of each")
+    if len(table.column_names) > len(set(table.column_names)):
+        raise DsireError(f"{file}: there are two columns `label`, `name` or `recipe`; there must be one of each")
     if missing:
         raise DsireError(f"{file}: column {' and '.join(sorted(missing))} is missing; there must be `label` and `name`")
     found: dict[str, list[Any]] = {}
-    for column in ("label", "name"):
+    for column in table.column_names:
         found[column], classes = table.column(column).to_pylist(), class_names(table.schema, column)
         if None in found[column]:
-            raise DsireError(f"{file}: `label` or `name` has nulls; every model needs its size and micro-dataset")
+            raise DsireError(f"{file}: column {column} has nulls; every model needs its size and micro-dataset")
         if classes and not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
             raise DsireError(f"{file}: column {column} has numbers that are none of its {len(classes)} classes")
         found[column] = [classes[number] for number in found[column]] if classes else found[column]
@@ -1399,7 +1408,8 @@ def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
     if wrong:
         label = repr(wrong[0]) if isinstance(wrong[0], (int, float, str)) else shown(wrong[0])
         raise DsireError(f"{file}: column label holds {shown(label)}; a dataset size is a whole number from 1 up")
-    return torch.tensor([dataset_size(label) for label in found["label"]], dtype=torch.int64), found["name"]
+    sizes = torch.tensor([dataset_size(label) for label in found["label"]], dtype=torch.int64)
+    return sizes, found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
 
 @contextmanager
@@ -1430,8 +1440,8 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             metadata, columns = file.metadata, file.schema_arrow.names
             if not metadata.num_rows:
                 raise DsireError(f"{path}: no rows; delete the file or fetch it anew")
-            labels = file.read([name for name in ("label", "name") if name in columns])
-        sizes, names = model_labels(labels, path.name)
+            labels = file.read([name for name in LABELS if name in columns])
+        sizes, names, recipes = model_labels(labels, path.name)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others = lora_layers(columns, path.name)
 
@@ -1443,13 +1453,14 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         largest = max(its.column(i).total_uncompressed_size for its in groups for i in range(its.num_columns))
         at_once = max(1, BYTES_AT_ONCE // (2 * largest))
         spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
-    unused = sorted(set(others) - {"label", "name"})
+    unused = sorted(set(others) - {*LABELS})
     notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
     if any("magnitude" in pair for pair in layers.values()):
         notes.append("DoRA: the magnitude vectors are set aside, only A and B are judged")
     order = voters_of(layers)
     values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
-    return Spectra(values, sizes, names, order, {layer: shape for layer, (_, shape) in spectra.items()}, notes)
+    shapes = {layer: shape for layer, (_, shape) in spectra.items()}
+    return Spectra(values, sizes, names, order, shapes, notes, recipes)
 
 
 def pair_spectra(
@@ -1786,7 +1797,7 @@ def file_spectra(path: Path) -> Spectra:
                 raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
             spectra[layer] = {"A": single_a, "B": single_b, "BA": product * abs(scale)}
             shapes[layer] = [b.shape[0], a.shape[1], a.shape[0]]
-        stated = stated_size(weights.header)
+        stated, recipes = stated_size(weights.header), stated_recipe(weights.header)
         scaled = all("alpha" in pair for pair in layers.values()) or peft_config(path, weights.header)
     notes = []
     if others:
@@ -1805,7 +1816,43 @@ def file_spectra(path: Path) -> Spectra:
     voters = voters_of(layers)
     rows = [spectra[voter.layer][voter.matrix] for voter in voters]
     values = torch.stack([of_rank(row, rank) for row in rows])[:, None]
-    return Spectra(values, torch.tensor([stated[0] if stated else 0]), [str(path)], voters, shapes, notes)
+    sizes = torch.tensor([stated[0] if stated else 0])
+    return Spectra(values, sizes, [str(path)], voters, shapes, notes, recipes)
+
+
+# kohya's entries about how a model was trained; numbers are compared as numbers
+RECIPE = {
+    "ss_learning_rate": "learning rate",
+    "ss_unet_lr": "UNet's",
+    "ss_text_encoder_lr": "text encoder's",
+    "ss_optimizer": "",
+    "ss_lr_scheduler": "schedule",
+    "ss_network_dim": "rank",
+    "ss_network_alpha": "alpha",
+    "ss_base_model_version": "base",
+    "ss_sd_model_hash": "hash",
+}
+
+
+def stated_recipe(header: dict[str, str]) -> list[str]:
+    """How kohya's metadata say that a file was trained, as one string; or none."""
+
+    def plain(text: str) -> str:
+        try:
+            return f"{float(text):g}"
+        except ValueError:
+            return shown(text)
+
+    facts = [
+        f"{what} {plain(header[key])}".strip() for key, what in RECIPE.items() if header.get(key, "None") != "None"
+    ]
+    try:
+        each = int(header.get("ss_batch_size_per_device", 1)) * int(header.get("ss_gradient_accumulation_steps", 1))
+        images = int(header["ss_max_train_steps"]) * int(header.get("ss_total_batch_size", each))
+        facts.append(f"{counted(images, 'image')} seen")  # steps times batch
+    except (KeyError, ValueError):
+        pass
+    return [", ".join(facts)] if facts else []
 
 
 def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
@@ -2500,11 +2547,13 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
                 raise DsireError(about_file(file, path, name))
             notes.append((name, about_file(file, path, "left out, as it can't be judged")))
             continue
-        size, micro_dataset = labels[path] if labels is not None else (int(file.sizes[0]), "")
+        stated = (int(file.sizes[0]), "", *file.recipes)
+        size, micro_dataset, *recipe = labels[path] if labels is not None else stated
         notes += [(name, note) for note in file.notes]
         if size:
             trainings += [] if micro_dataset else [training_of(path, name)]
-            known.append(replace(file, sizes=torch.tensor([size]), names=[micro_dataset or trainings[-1]]))
+            names = [micro_dataset or trainings[-1]]
+            known.append(replace(file, sizes=torch.tensor([size]), names=names, recipes=recipe or [""]))
         else:
             notes.append((name, "left out, as it states no size"))
     if not known:
@@ -2531,6 +2580,8 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
         voters,
         {layer: shapes[0][layer] for layer in common},
         said,
+        [recipe for file in known for recipe in file.recipes],
+        recipes_stated=labels is None,
     )
 
 
@@ -2557,8 +2608,8 @@ def training_of(path: Path, name: str) -> str:
     return told or header.get("ss_session_id") or EPOCH.sub("", str(Path(name).with_suffix(""))).strip("/") or "."
 
 
-def metadata_csv(folder: Path) -> dict[Path, tuple[int, str]] | None:
-    """File -> (label, name or "") from the metadata.csv of a folder; None without one.
+def metadata_csv(folder: Path) -> dict[Path, tuple[int, str, str]] | None:
+    """File -> (label, name or "", recipe or "") from the metadata.csv of a folder; None without one.
 
     A file may be called as Windows has it (a\\b), or with its accents composed in another way than on the disk.
 
@@ -2577,13 +2628,13 @@ def metadata_csv(folder: Path) -> dict[Path, tuple[int, str]] | None:
         raise DsireError(f"{path} can't be read ({shown(error)})") from error
     if not {"file_name", "label"} <= set(columns):
         raise DsireError(
-            f"{path} needs the columns file_name and label, and may have name; its first line is {shown(head)!r}"
+            f"{path} needs the columns file_name and label, and may have name and recipe; it has {shown(head)!r}"
         )
     if not rows:
         raise DsireError(f"{path} lists no file: give each LoRA file a row of file_name,label,name")
     files = {file.relative_to(folder).as_posix(): file.absolute() for file in folder.rglob("*") if file.is_file()}
     alike = {plain_name(name): file for name, file in files.items()}
-    labels: dict[Path, tuple[int, str]] = {}
+    labels: dict[Path, tuple[int, str, str]] = {}
     for row in rows:
         cells = dict(zip(columns, row, strict=False))
         name, label = cells.get("file_name", ""), cells.get("label", "")
@@ -2594,7 +2645,7 @@ def metadata_csv(folder: Path) -> dict[Path, tuple[int, str]] | None:
             raise DsireError(f"{path} lists {shown(name)}, which is not there")
         if file in labels:
             raise DsireError(f"{path} lists {shown(name)} twice")
-        labels[file] = (dataset_size(label), cells.get("name", ""))
+        labels[file] = (dataset_size(label), cells.get("name", ""), cells.get("recipe", ""))
     return labels
 
 

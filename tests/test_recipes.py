@@ -79,7 +79,7 @@ def test_every_size_is_covered(predictor: str) -> None:
         assert sum(its) / 100 >= 0.9 - 3 * 0.036
     if predictor == "log-regression":  # right means within the interval
         assert right / asked == pytest.approx(0.9, abs=0.05)
-        assert all(len(one.confidence_set) == 2 for one in found)
+        assert all(len(one.confidence_set) in (0, 2) for one in found)
 
 
 def test_few_micro_datasets_are_said() -> None:
