@@ -35,6 +35,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -1027,32 +1028,53 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
     """The file's model on the voters that it shares with the fitted ones; what doesn't fit is counted in its notes.
 
     Raises:
-        DsireError: no layer fits; the message says what the file holds and which subset would fit.
+        DsireError: no layer fits; the message names layers of both, what the file states, and a subset that would fit.
     """
     common = [layer for layer, shape in fitted.shapes.items() if file.shapes.get(layer) == shape]
-    here, there = kind_of_model(file.shapes), kind_of_model(fitted.shapes)
-    if not common:
-        widths = {shape[1] for layer, shape in file.shapes.items() if layer.endswith("attn2_to_k")}
-        ranks = {shape[2] for shape in file.shapes.values()}
-        fits = [SUBSETS_THAT_FIT.get((width, rank)) for width in widths for rank in ranks]
-        advice = f"--subset with one of: {' '.join(filter(None, fits))}" if any(fits) else "models of its own kind"
-        raise DsireError(f"{file.names[0]} has {here}, and the labelled models {there}: no layer fits; use {advice}")
-    notes = list(file.notes)
     lacking = fitted.shapes.keys() - file.shapes.keys()
     unknown = file.shapes.keys() - fitted.shapes.keys()
-    other_shape = len(fitted.shapes) - len(lacking) - len(common)
+    notes = list(file.notes)
+    if other_shape := sorted(fitted.shapes.keys() - lacking - set(common)):
+        first = other_shape[0]
+        notes.append(
+            f"{len(other_shape)} layers have other shapes [out, in, rank] than the labelled models', such as {first}: "
+            f"{file.shapes[first]}, not {fitted.shapes[first]}"
+        )
     if lacking:
         notes.append(
-            f"{len(lacking)} of the {len(fitted.shapes)} fitted layers are not in the file, such as {min(lacking)}"
+            f"{len(lacking)} of the {len(fitted.shapes)} fitted layers are not in the file, such as {three_of(lacking)}"
         )
     if unknown:
-        notes.append(f"{len(unknown)} layers of the file are unknown to the labelled models, such as {min(unknown)}")
-    if other_shape:
-        notes.append(f"{other_shape} layers have other shapes ({here}) than the labelled models' ({there})")
+        notes.append(
+            f"{len(unknown)} layers of the file are unknown to the labelled models, such as {three_of(unknown)}"
+        )
+    if not common:
+        here, there = kind_of_model(file.shapes), kind_of_model(fitted.shapes)
+        fits = [SUBSETS_THAT_FIT.get(kind) for kind in kinds_of_sd(file.shapes) - kinds_of_sd(fitted.shapes)]
+        subsets = f"use --subset with one of: {' '.join(filter(None, fits))}"
+        advice = subsets if any(fits) else "label models of its own kind (README, Your own LoRA)"
+        kinds = f"; it has {here}, they have {there}" if here != there else ""
+        raise DsireError(
+            f"{file.names[0]} has no layer in common with the labelled models{kinds}: {advice}; " + "; ".join(notes)
+        )
+    if 2 * len(common) < len(fitted.shapes):
+        notes.insert(
+            0, f"only {len(common)} of the {len(fitted.shapes)} fitted layers are in the file with the same shape"
+        )
     kept = set(common)
     voters = [voter for voter in fitted.voters if voter.layer in kept]
     rank = fitted.values.shape[-1]
     return replace(file, values=of_rank(file.of_voters(voters).values, rank), voters=voters, notes=notes)
+
+
+def three_of(layers: Iterable[str]) -> str:
+    first = sorted(layers)
+    return ", ".join(map(shown, first[:3])) + (", ..." if len(first) > 3 else "")
+
+
+def kinds_of_sd(shapes: dict[str, list[int]]) -> set[tuple[int, int]]:
+    """The width of the text that cross-attention looks at, and the rank, of the layers that do."""
+    return {(shape[1], shape[2]) for layer, shape in shapes.items() if layer.endswith("attn2_to_k")}
 
 
 def kind_of_model(shapes: dict[str, list[int]]) -> str:
@@ -1238,49 +1260,107 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
 # The names of LoRA matrices, whoever wrote them
 
 # What stands after a layer's path. LoRA-WiSE and old diffusers: .lora.down.weight and .processor.to_q_lora.down.weight;
-# kohya and LyCORIS: .lora_down.weight; PEFT: .lora_A.weight and .lora_A.<adapter>.weight.
+# XLabs: .processor.qkv_lora1.down.weight; kohya and LyCORIS: .lora_down.weight; cloneofsimo: unet:0:down;
+# PEFT: .lora_A.weight and .lora_A.<adapter>.weight; loralib: .lora_A; torchtune: .lora_a.weight; MLX: .lora_a.
 MATRIX_KEY = re.compile(
-    r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<word>down|up|mid)\.weight"
-    r"|\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight"
-    r"|\.lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?(?:\.weight)?"
-    r"|\.(?P<alpha>alpha)"
-    r"|\.(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.[^.]+)*)"
+    r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?(?P<stream>[12]?)[._](?P<word>down|up|mid)(?:\.weight)?"
+    r"|:(?P<numbered>down|up)"
+    r"|\.lora_(?:embedding_)?(?P<letter>[ABab])(?:\.(?!weight|bias)[^.]+)?(?:\.weight)?"
+    r"|\.(?P<alpha>(?:lora_)?alpha)"
+    r"|\.(?P<magnitude>(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.[^.]+)*|m))"
 )
 MATRIX_OF_WORD = {"down": "A", "up": "B", "mid": "mid"}
-NETWORK = re.compile(r"(base_model\.model\.|lora_unet_|lora_transformer_|unet\.|transformer\.|diffusion_model\.)+")
-TEXT_ENCODER = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[._]")
+# What stands before it: wrappers, anywhere; then names of the main network, and of containers that it was saved in.
+WRAPPER = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)[._]")
+NETWORK = re.compile(
+    r"(?:(?:base_model\.model|model|module|net|pipe|dit|unet|transformer|diffusion_model|\w*state_dict|params|lora)\."
+    r"|unet:|lora_(?:prior_)?unet_|lora_transformer_|lycoris_)+"
+)
+# Any other network: a text encoder, whose number may be a letter (CLIP-L is the first one), or a second transformer.
+OTHER_NETWORK = re.compile(
+    r"(?:lora_(?:prior_)?te|text_encoder_?|(?:text_encoders\.)?clip_|text_encoders\.(?=t5)|conditioner\.embedders\.(?=0)"
+    r"|cond_stage_model)(?P<text>t5xxl|[0-9lg]?)[._:](?:transformer\.)?|(?P<main>transformer_\d)\."
+)
+TEXT_ENCODERS = {"0": "", "1": "", "l": "", "g": "2", "t5xxl": "3"}
+# LDM's names of what a U-Net of SD and SDXL has, and diffusers' names: within a resnet, and outside of the blocks.
+LDM_RESNET = {
+    **{"in_layers_0": "norm1", "in_layers_2": "conv1", "out_layers_0": "norm2", "out_layers_3": "conv2"},
+    **{"emb_layers_1": "time_emb_proj", "skip_connection": "conv_shortcut"},
+}
+LDM_OUTSIDE = {
+    **{"input_blocks_0_0": "conv_in", "out_2": "conv_out"},
+    **{"time_embed_0": "time_embedding_linear_1", "time_embed_2": "time_embedding_linear_2"},
+    **{"label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2"},
+}
 OTHER_METHODS = {
     "LoHa": r"\.hada_w",
     "LoKr": r"\.lokr_w",
     "(IA)3": r"\.ia3_l|\.on_input$",
     "VeRA": r"\.vera_|^vera_",
     "AdaLoRA": r"\.lora_E$|\.lora_E\.",
+    "KaSA": r"\.lora_diag\b",
     "OFT": r"\.oft_",
+    "stacked experts' (target_parameters)": r"\.(?:experts|base_layer)\.lora_[AB]\b",
 }
 
 
+def in_network(path: str) -> tuple[str, str]:
+    """The network of a layer and its path inside; "" is the main one, others are "text_encoder_2_" and the like."""
+    path = WRAPPER.sub("", path)
+    main = NETWORK.match(path)
+    path = path[main.end() :] if main else path
+    other = OTHER_NETWORK.match(path)
+    if not other:
+        return "", path
+    number = TEXT_ENCODERS.get(other["text"], other["text"])
+    network = other["main"] or f"text_encoder_{number}".removesuffix("_")
+    return f"{network}_", path[other.end() :]
+
+
 def layer_name(path: str) -> str:
-    """One name for a layer, whatever prefix and separators its writer gave it.
+    """One name for a layer, whatever prefix and separators its writer gave it, in the words of diffusers.
 
     >>> layer_name("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0")
     'down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0'
+    >>> layer_name("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0")
+    'down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0'
     """
-    path = NETWORK.sub("", path, count=1) if NETWORK.match(path) else path
-    text = TEXT_ENCODER.match(path)
-    if text:
-        number = "" if text[1] in ("", "1") else f"_{text[1]}"
-        path = f"text_encoder{number}_{path[text.end() :]}"
+    network, path = in_network(path)
     name = path.replace(".processor.", ".").replace(".", "_")
-    return name + "_0" if name.endswith("_to_out") else name  # old attention processors leave the 0 out
+    name += "_0" if name.endswith("_to_out") else ""  # old attention processors leave the 0 out
+    if xlabs := re.fullmatch(r"(double_blocks_\d+)_(qkv|proj)([12])", name):  # of the image's stream and the text's
+        name = f"{xlabs[1]}_{'img' if xlabs[3] == '1' else 'txt'}_attn_{xlabs[2]}"
+    return network + (name if network else ldm_in_diffusers(name))
+
+
+def ldm_in_diffusers(name: str) -> str:
+    """LDM's name of a U-Net's layer as diffusers has it; any other name as it is.
+
+    LDM counts the parts of all blocks in one row. SD 1.5, SD 2 and SDXL have two resnets in a down block and three in
+    an up block, each with or without attention, and the third part of a down block is its sampler: three parts a block.
+    """
+    match = re.fullmatch(r"(input|middle|output)_blocks?_(\d{1,3})_(?:(\d)_)?(.+)", name)
+    if not match or name in LDM_OUTSIDE:
+        return LDM_OUTSIDE.get(name, name)
+    side, number, part, inner = match.groups()
+    block, index = divmod(int(number) - (side == "input"), 3)
+    place = f"{'down' if side == 'input' else 'up'}_blocks_{block}"
+    if side == "middle":  # resnet, attention, resnet
+        place, part, index = "mid_block", str(int(number) % 2), int(number) // 2
+    elif inner in ("op", "conv"):
+        return f"{place}_{'down' if side == 'input' else 'up'}samplers_0_conv"
+    return f"{place}_{'attentions' if part == '1' else 'resnets'}_{index}_{LDM_RESNET.get(inner, inner)}"
 
 
 def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; and the other keys.
 
+    A layer with one of A and B only is no layer: its keys are among the others.
+
     Raises:
-        DsireError: another method than LoRA, a layer with one of A and B only, the same matrix twice, or no layer.
+        DsireError: another method than LoRA, the same matrix twice, no layer, or fewer whole ones than others.
     """
-    layers: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, str]] = {}
     others = []
     for key in keys:
         if len(key) > 1000:  # no layer's path; to match it could take for ever
@@ -1293,21 +1373,28 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
         if not match:
             others.append(key)
             continue
-        matrix = match["letter"] or match["embedding"] or match["alpha"] or (match["magnitude"] and "magnitude")
-        matrix = matrix or MATRIX_OF_WORD[match["word"]]
-        pair = layers.setdefault(layer_name(match["layer"]), {})
+        word = match["word"] or match["numbered"]
+        letter = match["letter"].upper() if match["letter"] else None
+        matrix = letter or (match["alpha"] and "alpha") or (match["magnitude"] and "magnitude") or MATRIX_OF_WORD[word]
+        pair = found.setdefault(layer_name(match["layer"] + (match["stream"] or "")), {})
         if matrix in pair:
             raise DsireError(f"{file}: {shown(key)} is the same matrix as {shown(pair[matrix])}")
         pair[matrix] = key
-    for pair in layers.values():
-        if not {"A", "B"} <= pair.keys():
-            lone = next(iter(pair.values()))
-            lacking = "B (up)" if "A" in pair else "A (down)" if "B" in pair else "A and B"
-            raise DsireError(f"{file}: {shown(lone)} has no partner: the layer's {lacking} is missing")
+    layers = {layer: pair for layer, pair in found.items() if {"A", "B"} <= pair.keys()}
+    partial = [pair for layer, pair in found.items() if layer not in layers]
+    if len(partial) > len(layers):
+        lone = next(iter(partial[0].values()))
+        lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B"
+        raise DsireError(f"{file}: {shown(lone)} has no partner: the layer's {lacking} is missing")
+    of_lora = [key for key in others if re.search(r"(?i)lora(?!.*bias$)", key)]
     if not layers:
-        kind = "a full checkpoint, not a LoRA" if others else "empty"
-        raise NoLora(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): it is {kind}")
-    return layers, others
+        kind = "it is " + ("a full checkpoint, not a LoRA" if others else "empty")
+        kind = f"the layout of {shown(of_lora[0])} is not known here" if of_lora else kind
+        raise NoLora(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
+    unknown = [key for key in of_lora if ".lora_" in key and len(key) <= 1000]
+    if unknown:  # what comes next: it may stand between A and B
+        raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
+    return layers, others + [key for pair in partial for key in pair.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1583,6 +1670,31 @@ TRAINERS = re.compile(
 )
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
+# What a file is that begins with these bytes.
+FIRST_BYTES = {
+    rb"$": "empty",
+    rb".{6}\x00\x00\{": "a safetensors file: let its name end in .safetensors",
+    rb"PK\x03\x04|\x80[\x01-\x05]": "a pickle, or an archive: if torch.save wrote it, let its name end in .pt",
+    rb"version https://git-lfs": "a Git LFS pointer, not the weights themselves: fetch those with git lfs pull",
+    rb"\s*<": "a web page, perhaps one to log in: fetch the file itself",
+    rb"\s*[{\[]\s*[\"{\[\]}\d]": "JSON, not weights",
+    rb"GGUF|PAR1": "GGUF or parquet; a LoRA is read from safetensors or a pickle",
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF": "a picture",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ": "a compressed archive: unpack it",
+    rb"\x00{64}": "zeros from its beginning on: fetch it anew",
+    rb"[\t-\r\x20-\x7e]{16,}": "text, not weights",
+}
+
+
+def what_it_is(path: Path, wanted: str = "") -> str:
+    """What a file is by its first bytes, for a message; "" if they don't say it, or it is what begins as `wanted`."""
+    with path.open("rb") as file:
+        start = file.read(200)
+    what = next((what for pattern, what in FIRST_BYTES.items() if re.match(pattern, start, re.DOTALL)), "")
+    if what.endswith("not weights"):
+        what += f" ({shown(' '.join(start[:80].decode(errors='replace').split()))})"
+    return "" if wanted and what.startswith(wanted) else what
+
 
 class Weights(NamedTuple):
     """An open weights file: its keys, a function that reads the tensor of a key, and its header of strings."""
@@ -1602,8 +1714,8 @@ def open_weights(path: Path) -> Iterator[Weights]:
     if not path.is_file():
         raise DsireError(f"{path}: no such file")
     if path.suffix.lower() in PICKLE_ENDINGS:
-        tensors = unpickled_tensors(path)
-        yield Weights(list(tensors), tensors.__getitem__, {})
+        tensors, header = unpickled_tensors(path)
+        yield Weights(list(tensors), tensors.__getitem__, header)
         return
     from safetensors import SafetensorError, safe_open
 
@@ -1620,105 +1732,205 @@ def open_weights(path: Path) -> Iterator[Weights]:
         opened = safe_open(path, "pt")
         keys, header = list(opened.keys()), opened.metadata() or {}
     except unreadable as error:
-        raise DsireError(f"{path} can't be read as safetensors ({shown(error)}); fetch it anew") from error
+        what = what_it_is(path, "a safetensors file")
+        reason = f"is {what}" if what else f"can't be read as safetensors ({shown(error)}); fetch it anew"
+        raise DsireError(f"{path} {reason}") from error
     with opened as file:
         yield Weights(keys, tensor, header)
 
 
-def unpickled_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle by name, numbers (an alpha, say) as tensors too; nothing in the file is run.
+def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a pickle by name, and its other entries as strings; nothing in the file is run.
+
+    Dictionaries may lie within each other: their keys are joined with dots. An alpha that is a number becomes a tensor.
 
     Raises:
-        DsireError: it isn't a pickle of plain tensors, or an alpha in it is no number.
+        DsireError: it isn't a pickle of plain tensors, or a matrix in it is something else.
     """
     try:
-        archive = zipfile.is_zipfile(path)  # only such a one can be mapped; the older form is read whole
-        if archive:
-            with zipfile.ZipFile(path) as parts:
-                damaged = parts.testzip()  # torch leaves the checksums unread
-            if damaged:
-                raise ValueError(f"{damaged} is damaged")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as parts:
+                    unpacked = sum(part.file_size for part in parts.infolist())
+                    if unpacked > 16 * path.stat().st_size:
+                        raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
+                    damaged = parts.testzip()  # torch leaves the checksums unread
+                if damaged:
+                    raise ValueError(f"{damaged} is damaged")
+            # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
-        reason = shown(error)
-        raise DsireError(
-            f"{path} can't be read as plain tensors ({reason}); pickles that hold more are not loaded"
-        ) from error
+        what = what_it_is(path, "a pickle")
+        raise DsireError(f"{path} {f'is {what}' if what else why_not_loaded(error, said)}") from error
+    entries = dict(named_values(content, set())) if isinstance(content, dict) else {}
     for _ in range(3):  # a checkpoint's weights lie under this key
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
     if not isinstance(content, dict):
-        raise DsireError(f"{path} holds {type(content).__name__}, not a dictionary of tensors")
+        raise DsireError(
+            f"{path} holds a {type(content).__name__}, not a dictionary of tensors: nothing names the layers"
+        )
     tensors = {}
-    for key, value in content.items():
+    for key, value in named_values(content, set()):
+        match = MATRIX_KEY.fullmatch(key) if len(key) <= 1000 else None
         if isinstance(value, Tensor):
-            tensors[str(key)] = value.detach()
-        elif isinstance(value, (int, float)):
-            tensors[str(key)] = torch.tensor(float(value) if abs(value) < 2**53 else math.nan, dtype=torch.float64)
-        elif str(key).endswith(".alpha"):
-            raise DsireError(f"{path}: {shown(str(key))} is {type(value).__name__}, not a number")
-    return tensors
+            tensors[key] = value.detach()
+        elif match and match["alpha"] and type(value) in (int, float):
+            tensors[key] = torch.tensor(float(value) if abs(value) < 2**53 else math.nan, dtype=torch.float64)
+        elif match:
+            raise DsireError(f"{path}: {shown(key)} is {type(value).__name__}, not a {match['alpha'] and 'number'}")
+    plain = {key: value for key, value in entries.items() if isinstance(value, (str, bool, float, int))}
+    return tensors, {key: str(value) for key, value in plain.items() if isinstance(value, str) or abs(value) < 2**53}
 
 
-def peft_config(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    """LoRA's settings: from the header (diffusers), or adapter_config.json beside the file (PEFT), or {}.
+def named_values(content: dict[Any, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Key and value of what dictionaries within each other hold, each dictionary once; keys are joined with dots."""
+    seen.add(id(content))
+    for key, value in content.items():
+        if not isinstance(value, dict):
+            yield f"{prefix}{key}", value
+        elif id(value) not in seen and len(prefix) < 1000:
+            yield from named_values(value, seen, f"{prefix}{key}.")
 
-    Raises:
-        DsireError: they can't be read, or are those of another method.
-    """
-    beside = path.with_name("adapter_config.json")
-    if "lora_adapter_metadata" in header:
-        text, place = header["lora_adapter_metadata"], f"the header of {path}"
-    elif beside.is_file():
-        text, place = beside.read_text(encoding="utf-8", errors="replace"), str(beside)
-    else:
-        return {}
+
+def why_not_loaded(error: Exception, said: list[warnings.WarningMessage]) -> str:
+    """Why torch did not load a pickle, in plain words, from its error and its warnings."""
+    text = " ".join(map(str, [error, *(warning.message for warning in said)]))
+    if held := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"holds {shown(held[1])}, not tensors: it may be malicious and was not run"
+    if (protocol := re.search(r"pickle protocol (\d+)", text)) and protocol[1] != "2":
+        return f"is of pickle protocol {protocol[1]}, and only 2 can be read safely: save it with torch.save again"
+    reason = "it is damaged, or no pickle of torch's" if text.startswith("Weights only") else shown(error)
+    return f"can't be read as plain tensors ({reason}); pickles that hold more are not loaded"
+
+
+# Fields of PEFT's LoraConfig (the last line: of ms-swift's) that leave B A the change of the weights, up to the scale.
+HARMLESS = re.compile(
+    "task_type|peft_type|auto_mapping|peft_version|base_model_name_or_path|revision|inference_mode|target_modules"
+    "|exclude_modules|lora_dropout|fan_in_fan_out|bias|modules_to_save|layers_to_transform|layers_pattern|megatron_.*"
+    "|trainable_token_indices|(loftq|eva|corda|lora_ga|velora|runtime)_config|use_dora|alora_invocation_tokens"
+    "|qalora_group_size|layer_replication|lora_bias|ensure_weight_tying|lora_dtype|lorap_(lr_ratio|emb_lr)"
+)
+OF_SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "scale")
+# What stands in headers by itself, and PEFT's name for it.
+HEADER_ENTRIES = {
+    **{"alpha": "lora_alpha", "network_alpha": "lora_alpha", "ss_network_alpha": "lora_alpha"},
+    **{"rank": "r", "lora_rank": "r", "network_dim": "r", "ss_network_dim": "r"},
+    **{name: name for name in OF_SCALE if name != "scale"},
+}
+PLAIN_INITS = (None, True, False, "gaussian", "orthogonal")  # BA starts at zero, or as noise: it is the change
+ANY_NETWORK = "any"
+
+
+def parsed(text: str) -> Any:
+    """What a string of a header says, which may be JSON, or Python's True, False and None."""
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DsireError(f"{place} is not JSON ({shown(error)})") from error
-    if not isinstance(config, dict):
-        raise DsireError(f"{place} is not a JSON object")
-    method = str(config.get("peft_type") or "LORA")
-    if method.upper() != "LORA":
-        raise DsireError(f"{path.name}: {place} says these are {shown(method)} weights; only plain LoRA can be judged")
-    return config
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return {"true": True, "false": False, "none": None, "": None}.get(text.lower(), text)
 
 
-def peft_scale(config: dict[str, Any], layer: str, rank: int) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) for rslora; alpha_pattern gives some layers another alpha.
+def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """LoRA's settings in PEFT's words, for each network (as `in_network` calls it) that something is said of.
 
-    Args:
-        config: of PEFT; diffusers puts the network's name before each of its keys ("unet.lora_alpha").
-        layer: the path of the layer as it stands in the file.
-        rank: r of this layer, from the shape of A: so rank_pattern needs no reading.
+    They stand in the header (diffusers puts JSON there with the network's name before each key, others single
+    entries), or in adapter_config.json beside the file (PEFT and MLX).
 
     Raises:
-        DsireError: an alpha is no number, or a pattern no expression that is safe to match.
+        DsireError: they can't be read, contradict each other, or say that BA is not the change of the weights.
     """
-    path = layer.removeprefix("base_model.model.")
-    network, _, inside = path.partition(".")
-    own = {key.removeprefix(f"{network}."): value for key, value in config.items() if key.startswith(f"{network}.")}
-    config, path = (own, inside) if own else (config, path)
-    alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}  # 8 is PEFT's default
+    beside, place = path.with_name("adapter_config.json"), f"the header of {path}"
+    config: Any = {HEADER_ENTRIES.get(key.rpartition(".")[2]): 0 for key in header}
+    single = "lora_adapter_metadata" not in header and "lora_alpha" in config
+    if single:
+        said = [(*key.rpartition(".")[::2], parsed(text)) for key, text in header.items()]
+        said = [(network, HEADER_ENTRIES[key], value) for network, key, value in said if key in HEADER_ENTRIES]
+        said = [entry for entry in said if entry[2] is not None]
+    else:
+        if "lora_adapter_metadata" in header:
+            text: str | bytes = header["lora_adapter_metadata"]
+        elif beside.is_file():
+            text, place = beside.read_bytes(), str(beside)
+        else:
+            return {}
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DsireError(f"{place} is not JSON ({shown(error)})") from error
+        if not isinstance(config, dict):
+            raise DsireError(f"{place} is not a JSON object")
+        mlx = config.get("lora_parameters")
+        if isinstance(mlx, dict):
+            method = str(config.get("fine_tune_type", "lora")).replace("dora", "lora")
+            alpha = mlx.get("alpha", mlx.get("rank"))  # the scale is all there is, but for MLX's oldest files
+            config = {"peft_type": method, "r": mlx.get("rank"), "lora_alpha": alpha, "scale": mlx.get("scale")}
+        said = [(*key.rpartition(".")[::2], value) for key, value in config.items()]
+    settings: dict[str, dict[str, Any]] = {}
+    for network, key, value in said:
+        if key == "peft_type" and str(value or "LORA").upper() != "LORA":
+            raise DsireError(
+                f"{path.name}: {place} says these are {shown(value)} weights; only plain LoRA can be judged"
+            )
+        if value and key not in OF_SCALE and not HARMLESS.fullmatch(key):
+            raise DsireError(f"{path.name}: {place} has {shown(key)}, which may change what A and B mean: not judged")
+        own = settings.setdefault(in_network(f"{network}.")[0] if network else ANY_NETWORK, {})
+        if own.setdefault(key, value) != value and key in OF_SCALE:
+            raise DsireError(f"{path.name}: {place} says that {key} is {shown(own[key])}, and {shown(value)}")
+    for own in settings.values():
+        if not single:
+            own.setdefault("lora_alpha", 8)  # PEFT's default
+        if not isinstance(own.get("use_rslora"), (bool, type(None))):
+            raise DsireError(f"{path.name}: {place}: use_rslora is {shown(repr(own['use_rslora']))}, not true or false")
+    return settings
+
+
+def settings_of(pair: dict[str, str], settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """What is said of the network that a layer with these keys is part of, and the layer's path in that network."""
+    match = MATRIX_KEY.fullmatch(pair["A"])
+    assert match is not None
+    network, path = in_network(match["layer"])
+    return {**settings.get(ANY_NETWORK, {}), **settings.get(network, {})}, path
+
+
+def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) -> Any:
+    """What PEFT's rank_pattern or alpha_pattern says of a layer.
+
+    Raises:
+        DsireError: a pattern is no expression that is safe to match.
+    """
+    patterns = settings.get(field) or {}
     if not isinstance(patterns, dict):
-        raise DsireError(f"alpha_pattern is {shown(repr(patterns))}, not an object of patterns")
+        raise DsireError(f"{field} is {shown(repr(patterns))}, not an object of patterns")
     for pattern, value in patterns.items():
         # repetitions within or after each other can take for ever to match
         if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
-            raise DsireError(f"alpha_pattern {shown(pattern)} repeats too much to be matched safely; write it out")
+            raise DsireError(f"{field} {shown(pattern)} repeats too much to be matched safely; write it out")
         try:
-            matches = re.fullmatch(rf"(.*\.)?({pattern})", path)
+            if re.fullmatch(rf"(.*\.)?({pattern})", path):
+                return value
         except (re.error, OverflowError) as error:
-            raise DsireError(f"alpha_pattern {shown(pattern)} is no regular expression ({shown(error)})") from error
-        if matches:
-            alpha = value
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 2**53:
-        raise DsireError(f"lora_alpha is {shown(repr(alpha))}, not a number")
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+            raise DsireError(f"{field} {shown(pattern)} is no regular expression ({shown(error)})") from error
+    return default
+
+
+def peft_scale(settings: dict[str, Any], path: str, rank: int) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) for rslora, of a layer whose path in its network is given.
+
+    Args:
+        rank: r of this layer, from the shape of A.
+
+    Raises:
+        DsireError: an alpha is no number, or r is not the rank.
+    """
+    r = by_pattern(settings, "rank_pattern", path, settings.get("r"))
+    if r is not None and (isinstance(r, bool) or r != rank):
+        raise DsireError(f"r is {shown(repr(r))}, but {shown(path)} has rank {rank}")
+    alpha = by_pattern(settings, "alpha_pattern", path, settings["lora_alpha"])
+    for name, number in (("lora_alpha", alpha), ("scale", settings.get("scale", 1))):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
+            raise DsireError(f"{name} is {shown(repr(number))}, not a number")
+    return float(alpha) * float(settings.get("scale", 1)) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def read_tensor(weights: Weights, key: str, file: str, least_dimensions: int = 2) -> Tensor:
@@ -1729,7 +1941,8 @@ def read_tensor(weights: Weights, key: str, file: str, least_dimensions: int = 2
     """
     tensor = weights.tensor(key)
     plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
-    real = plain and (tensor.is_floating_point() or (least_dimensions == 0 and not tensor.is_complex()))
+    number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
+    real = plain and (tensor.is_floating_point() or number)
     whole = real and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     if not whole or tensor.ndim < least_dimensions or not tensor.numel():
         kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape) if plain else 'unknown'}"
@@ -1749,9 +1962,11 @@ def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, T
         DsireError: matrices that do not fit each other, or not of floating point numbers.
     """
     layers, _ = lora_layers(weights.keys, path.name)
-    config = peft_config(path, weights.header)
+    settings = lora_settings(path, weights.header)
     for layer, pair in layers.items():
         a, b = (read_tensor(weights, pair[matrix], path.name) for matrix in ("A", "B"))
+        if pair["A"].endswith(".lora_a") and a.ndim == 2 and a.shape[0] > a.shape[1]:
+            a, b = a.mT, b.mT  # MLX has A as [in, r] and B as [r, out]
         rank = a.shape[0]
         if "mid" in pair:
             middle = read_tensor(weights, pair["mid"], path.name)
@@ -1761,59 +1976,81 @@ def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, T
         if b.flatten(1).shape[1] != rank:
             one, other = f"{shown(pair['A'])} has rank {rank}", f"{shown(pair['B'])} has shape {list(b.shape)}"
             raise DsireError(f"{path.name}: {one}, but {other}")
+        own, place = settings_of(pair, settings)
+        scale = 1.0
         if "alpha" in pair:
             alpha = read_tensor(weights, pair["alpha"], path.name, least_dimensions=0)
             if alpha.numel() != 1 or not alpha.isfinite().all():
                 raise DsireError(f"{path.name}: {shown(pair['alpha'])} is not one finite number")
             scale = float(alpha.reshape(())) / rank
-        elif config:
-            match = MATRIX_KEY.fullmatch(pair["A"])
-            assert match is not None
+        elif "lora_alpha" in own:
             try:
-                scale = peft_scale(config, match["layer"], rank)
+                scale = peft_scale(own, place, rank)
             except DsireError as error:
                 raise DsireError(f"{path.name}: its LoRA settings: {error}") from error
-        else:
-            scale = 1.0
         yield layer, a.flatten(1), b.flatten(1), scale
 
 
 def file_spectra(path: Path) -> Spectra:
     """The spectra of one LoRA file: a single model, whose size is what the file itself states (0 if it doesn't).
 
+    A layer that began as a part of the base model's weights (PiSSA and the like) is another layer than one that did
+    not, so it bears the method in its name: it can only be judged by models that began in the same way.
+
     Raises:
         DsireError: the file can't be read, is not plain LoRA, or holds weights that are not finite.
     """
-    spectra, shapes = {}, {}
+    spectra, shapes, named, inits = {}, {}, {}, set()
+    unscaled = zero = untrained = 0
     with open_model(path) as weights, one_thread_each():
         layers, others = lora_layers(weights.keys, path.name)
+        settings = lora_settings(path, weights.header)
         for layer, a, b, scale in lora_matrices(path, weights):
+            pair = layers[layer]
             try:
                 single_a, single_b, product = lora_spectra(a, b)
                 if not (product * scale).isfinite().all():
                     raise FloatingPointError
             except FloatingPointError:
-                keys = ", ".join(shown(key) for key in layers[layer].values())
+                keys = ", ".join(shown(key) for key in pair.values())
                 raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
+            own, _ = settings_of(pair, settings)
+            unscaled += "alpha" not in pair and "lora_alpha" not in own
+            zero += scale == 0
+            untrained += not product.any()
+            init = own.get("init_lora_weights")
+            if init not in PLAIN_INITS:
+                init = shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
+                inits.add(init)
+                layer += f" ({init})"
+            named[layer] = pair
             spectra[layer] = {"A": single_a, "B": single_b, "BA": product * abs(scale)}
             shapes[layer] = [b.shape[0], a.shape[1], a.shape[0]]
         stated, recipes = stated_size(weights.header), stated_recipe(weights.header)
-        scaled = all("alpha" in pair for pair in layers.values()) or peft_config(path, weights.header)
-    notes = []
-    if others:
-        notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
+    notes = [
+        f"init_lora_weights is {init}: BA is not the change of the weights, only models that began so are comparable"
+        for init in sorted(inits)
+    ]
+    lone = [key for key in others if len(key) <= 1000 and MATRIX_KEY.fullmatch(key)]
+    if lone:
+        notes.append(f"{len(lone)} tensors without a partner are left out, such as {shown(lone[0])}")
+    if len(others) > len(lone):
+        count = len(others) - len(lone)
+        notes.append(f"{count} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
     if any("magnitude" in pair for pair in layers.values()):
         notes.append("DoRA: the magnitude vectors are set aside, only A and B are judged")
-    if not scaled and any(".lora_A" in pair["A"] for pair in layers.values()):
-        notes.append("the file does not state alpha (no adapter_config.json): BA is taken with scale 1")
-    untrained = sum(not bool(values["BA"].any()) for values in spectra.values())
+    if unscaled:
+        which = f" of {unscaled} of its {len(layers)} layers" if unscaled < len(layers) else ""
+        notes.append(f"the file does not state alpha{which}: BA is taken with scale 1")
+    if zero:
+        notes.append(f"alpha is 0 in {zero} of {len(layers)} layers: their BA counts as zero")
     if untrained:
         all_of_them = "untrained: BA is zero in every layer, an estimate means nothing"
         notes.append(all_of_them if untrained == len(layers) else f"BA is zero in {untrained} of {len(layers)} layers")
     if stated:
         notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
     rank = max(shape[2] for shape in shapes.values())
-    voters = voters_of(layers)
+    voters = voters_of(named)
     rows = [spectra[voter.layer][voter.matrix] for voter in voters]
     values = torch.stack([of_rank(row, rank) for row in rows])[:, None]
     sizes = torch.tensor([stated[0] if stated else 0])
@@ -1856,36 +2093,42 @@ def stated_recipe(header: dict[str, str]) -> list[str]:
 
 
 def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
-    """The number of training images that kohya's metadata state, without repeats, and the key that states it."""
+    """The number of training images that kohya's metadata state, without repeats, and the key that states it.
 
-    def parsed(key: str) -> Any:
-        try:
-            return json.loads(header.get(key, "null"))
-        except (ValueError, RecursionError):
-            return None
+    A folder of images that is used in several resolutions counts once. In ss_datasets it is in several data sets; in
+    ss_dataset_dirs it is called "cat", "cat (2)", "cat (3)". Regularisation images do not count.
+    """
 
     def whole(number: Any) -> int:
         return number if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**53 else 0
 
-    folders = parsed("ss_dataset_dirs")
-    if isinstance(folders, dict):
-        images = sum(whole(folder.get("img_count")) for folder in folders.values() if isinstance(folder, dict))
-        if 0 < images < 2**53:
-            return images, "ss_dataset_dirs"
-    sets = parsed("ss_datasets")
-    parts = [
-        part
-        for one in (sets if isinstance(sets, list) else [])
-        if isinstance(one, dict) and isinstance(one.get("subsets"), list)
-        for part in one["subsets"]
-        if isinstance(part, dict) and not part.get("is_reg")
-    ]
-    images = sum(whole(part.get("img_count")) for part in parts)
-    if 0 < images < 2**53:
-        return images, "ss_datasets"
-    images, repeats = whole(parsed("ss_num_train_images")), whole(parsed("ss_num_repeats"))
-    if images and repeats and not images % repeats:  # without the repeats it is no number of images
-        return images // repeats, "ss_num_train_images"
+    sets, folders = (parsed(header.get(key, "")) for key in ("ss_datasets", "ss_dataset_dirs"))
+    images: Counter[tuple[Any, int]] = Counter()  # how many folders there are of a name and a number of images
+    for one in sets if isinstance(sets, list) else []:
+        parts = one.get("subsets") if isinstance(one, dict) else None
+        parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        images |= Counter(
+            (str(part.get("image_dir") or part.get("metadata_file")), whole(part.get("img_count")))
+            for part in parts
+            if not part.get("is_reg")
+        )
+    key = "ss_datasets"
+    if not any(count for _, count in images) and isinstance(folders, dict):
+        key, names = "ss_dataset_dirs", {name: re.sub(r" \(\d+\)$", "", name) for name in folders}
+        images = Counter(
+            {
+                (names[name] if names[name] in folders else name, whole(folder.get("img_count"))): 1
+                for name, folder in folders.items()
+                if isinstance(folder, dict)
+            }
+        )
+    total = sum(count * times for (_, count), times in images.items())
+    if 0 < total < 2**53:
+        return total, key
+    total, repeats = (whole(parsed(header.get(key, ""))) for key in ("ss_num_train_images", "ss_num_repeats"))
+    # Without the repeats it is no number of images, nor where it counts each of several resolutions.
+    if not sets and total and repeats and not total % repeats:
+        return total // repeats, "ss_num_train_images"
     return None
 
 
