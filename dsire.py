@@ -837,59 +837,89 @@ def models_alike(share: float, shares: Tensor, right: Tensor) -> list[float]:
 
 def log_norms(spectra: Spectra) -> Tensor:
     """The logarithm of the Frobenius norm of each model's matrices, float64 [models, voters], on the CPU."""
-    norms: Tensor = torch.linalg.vector_norm(spectra.values, dim=-1).T.cpu()
-    return norms.clamp_min(torch.finfo(torch.float64).tiny).log()
+    values = spectra.values.cpu()
+    largest = values.amax(-1).clamp_min(torch.finfo(torch.float64).tiny)  # a square of it may be out of range
+    norms: Tensor = torch.linalg.vector_norm(values / largest[..., None], dim=-1).clamp_min(1e-300)
+    return (largest.log() + norms.log()).T
 
 
 class Check(NamedTuple):
-    """How far new models are from all labelled recipes and sizes.
+    """Whether new models can be of a labelled recipe and size.
 
     Attributes:
         p: the p-value of a new model's being one more of the labelled, float64 [new].
-        of_matrix: the same by its "A", "B" or "BA" alone, not corrected for there being three: float64 [new, matrices].
-        nearest: a labelled model of the nearest recipe and size, int64 [new].
+        nearest: the number of a labelled model of the recipe and size that it is nearest to, int64 [new].
     """
 
     p: Tensor
-    of_matrix: Tensor
     nearest: Tensor
 
 
 def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
-    """Whether new models can be of a labelled recipe and size, each kind of matrix looked at alone."""
+    """Compare how far new models are from the labelled recipes and sizes with how far labelled ones are when left out.
+
+    What a recipe changes in every layer alike shows in the mean over the layers of the log norms of A and of B: their
+    chance differences average out, above all those of A's first weights. What is wrong in one kind of matrix alone
+    (alpha is in BA only) or in one layer shows in `distances_to_groups`' other columns. Each distance is taken in units
+    of its 90 % quantile for left-out models, and the largest one counts, for new and for left-out models alike; so
+    that p = (1 + how many left-out models are at least as far) / (1 + how many there are).
+
+    Args:
+        units: what is left out at a time, int64 [models].
+    """
     known, asked = log_norms(fitted), log_norms(new)
     groups = torch.stack([fitted.of_recipe, fitted.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
     kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
     kinds = [kind for kind in kinds if kind.any()]
-    of_held_out = torch.zeros(len(known), len(kinds), dtype=torch.float64)
-    at_least = torch.zeros(len(asked), len(kinds), dtype=torch.float64)
-    for unit in range(int(units.max()) + 1):
-        out = units == unit
-        far = distances_to_groups(known[~out], groups[~out], torch.cat([known[out], asked]), kinds).min(1).values
-        of_held_out[out], of_new = far[: int(out.sum())], far[int(out.sum()) :]
-        at_least += (of_held_out[out] >= of_new[:, None]).sum(1)
-    models = len(known)
-    of_matrix = (1 + at_least) / (models + 1)
-    # the least of the three, compared with the least of each left-out model's
-    least = (of_held_out[None] >= of_held_out[:, None]).double().mean(1).amin(-1)
-    p = (1 + (least <= of_matrix.amin(-1, keepdim=True)).sum(1)) / (models + 1)
-    whole = distances_to_groups(known, groups, asked, kinds).sum(-1).argmin(1)
-    return Check(p, of_matrix, torch.stack([(groups == group).nonzero()[0, 0] for group in whole]))
+    left_out = []
+    for unit in units.unique():
+        out = (units == unit) & torch.isin(groups, groups[units != unit])  # else there is nothing to compare with
+        left_out.append(distances_to_groups(known[units != unit], groups[units != unit], known[out], kinds)[0])
+    held_out = torch.cat(left_out).clamp_min(1e-300).log()
+    far, nearest_groups = distances_to_groups(known, groups, asked, kinds)
+    usual = held_out.quantile(0.9, dim=0)
+    most, most_held_out = (far.clamp_min(1e-300).log() - usual).amax(1), (held_out - usual).amax(1)
+    p = (1 + (most_held_out >= most[:, None]).sum(1)) / (len(held_out) + 1)
+    return Check(p, torch.stack([(groups == group).nonzero()[0, 0] for group in nearest_groups]))
 
 
-def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> Tensor:
-    """Mean squared z-scores of log norms [models, voters] about the mean of each group: [asked, groups, kinds]."""
-    count = int(groups.max()) + 1
-    members = torch.nn.functional.one_hot(groups, count).double()
-    sizes = members.sum(0)
-    means = members.T @ known / sizes.clamp_min(1)[:, None]
-    squares = (known - means[groups]).square()
-    pooled = squares.mean(0)
-    own = members.T @ squares / sizes.clamp_min(1)[:, None]
-    spread = (own + pooled) / 2
-    z = (asked[:, None] - means).square() / spread.clamp_min(1e-12)
-    far = torch.stack([z[..., kind].mean(-1) for kind in kinds], dim=-1)
-    return far.masked_fill((sizes == 0)[None, :, None], math.inf)
+def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """How far models are from the nearest group, in squares of its spread, and which group that is.
+
+    The first column is the Mahalanobis distance of the means over layers of the log norms of A and B, with one
+    covariance for all groups. The others are mean squared z-scores of the log norms of one kind of matrix, with each
+    group's own variance, to which the pooled one is added as if it were that of two more models.
+
+    Args:
+        known: log norms of the models of the groups, float64 [models, voters].
+        groups: the group of each, int64 [models].
+        asked: log norms of other models, [asked, voters].
+        kinds: masks of the voters of A, B and BA, bool [voters].
+
+    Returns:
+        Squared distances [asked, 1 + kinds], and the group that is nearest by the sum of the latter, int64 [asked].
+    """
+    numbers, of_group = groups.unique(return_inverse=True)
+    members = torch.nn.functional.one_hot(of_group, len(numbers)).double()
+    count = members.sum(0)
+    degrees = max(1, len(known) - len(numbers))
+    single = kinds[:2] or kinds
+    x, z = (torch.stack([side[:, kind].mean(1) for kind in single], dim=1) for side in (known, asked))
+    means = members.T @ x / count[:, None]
+    covariance = (x - means[of_group]).T @ (x - means[of_group]) / degrees
+    covariance += (1e-6 * covariance.trace() + 1e-18) * torch.eye(len(single), dtype=torch.float64)
+    apart = z[:, None] - means
+    of_means = torch.einsum("ngi,ij,ngj->ng", apart, torch.linalg.inv(covariance), apart)
+    means = members.T @ known / count[:, None]
+    residuals = (known - means[of_group]).square()
+    own = (members.T @ residuals + 2 * residuals.sum(0) / degrees) / (count[:, None] + 1)
+    scores = (asked[:, None] - means).square() / own.clamp_min(1e-18)
+    of_kinds = torch.stack([scores[..., kind].mean(-1) for kind in kinds], dim=-1)  # [asked, groups, kinds]
+    group = of_kinds.sum(-1).argmin(1)
+    at_group = of_kinds[
+        torch.arange(len(asked)), group
+    ]  # one group for all kinds: else each would find a size of its own
+    return torch.cat([of_means.amin(1, keepdim=True), at_group], dim=1), numbers[group]
 
 
 def what_is_beyond(fitted: Spectra, new: Spectra) -> list[str]:
