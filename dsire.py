@@ -691,6 +691,7 @@ def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]
 
 NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
 REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
+FIRST = ("untrained", "only ")  # how those notes of a file begin that say that it can't be judged, or hardly
 
 
 @dataclass(frozen=True)
@@ -856,13 +857,14 @@ class Check(NamedTuple):
 
 
 def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
-    """Compare how far new models are from the labelled recipes and sizes with how far labelled ones are when left out.
+    """Compare how far new models are from the nearest labelled recipe and size with how far labelled ones are.
 
     What a recipe changes in every layer alike shows in the mean over the layers of the log norms of A and of B: their
     chance differences average out, above all those of A's first weights. What is wrong in one kind of matrix alone
-    (alpha is in BA only) or in one layer shows in `distances_to_groups`' other columns. Each distance is taken in units
-    of its 90 % quantile for left-out models, and the largest one counts, for new and for left-out models alike; so
-    that p = (1 + how many left-out models are at least as far) / (1 + how many there are).
+    (alpha is in BA only) or in one layer shows in the other columns of `distances_to_groups`. Each column is taken in
+    units of its 90 % quantile for left-out models of that recipe and size, of which some scatter more than others, and
+    the largest one counts, for new and for left-out models alike; so that
+        p = (1 + how many left-out models are at least as far) / (1 + how many there are).
 
     Args:
         units: what is left out at a time, int64 [models].
@@ -871,24 +873,27 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
     groups = torch.stack([fitted.of_recipe, fitted.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
     kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
     kinds = [kind for kind in kinds if kind.any()]
-    left_out = []
+    parts = []
     for unit in units.unique():
-        out = (units == unit) & torch.isin(groups, groups[units != unit])  # else there is nothing to compare with
-        left_out.append(distances_to_groups(known[units != unit], groups[units != unit], known[out], kinds)[0])
-    held_out = torch.cat(left_out).clamp_min(1e-300).log()
-    far, nearest_groups = distances_to_groups(known, groups, asked, kinds)
-    usual = held_out.quantile(0.9, dim=0)
-    most, most_held_out = (far.clamp_min(1e-300).log() - usual).amax(1), (held_out - usual).amax(1)
+        rest = units != unit
+        out = ~rest & torch.isin(groups, groups[rest])  # else there is nothing to compare it with
+        parts.append((groups[out], *distances_to_groups(known[rest], groups[rest], known[out], kinds)))
+    true, held_out, held_out_near = (torch.cat(part) for part in zip(*parts, strict=True))
+    far, near = distances_to_groups(known, groups, asked, kinds)
+    usual = held_out.quantile(0.9, dim=0).repeat(int(groups.max()) + 1, 1)
+    for group in true.unique():
+        usual[group] = held_out[true == group].quantile(0.9, dim=0)
+    most, most_held_out = (far / usual[near]).amax(1), (held_out / usual[held_out_near]).amax(1)
     p = (1 + (most_held_out >= most[:, None]).sum(1)) / (len(held_out) + 1)
-    return Check(p, torch.stack([(groups == group).nonzero()[0, 0] for group in nearest_groups]))
+    return Check(p, torch.stack([(groups == group).nonzero()[0, 0] for group in near]))
 
 
 def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
     """How far models are from the nearest group, in squares of its spread, and which group that is.
 
     The first column is the Mahalanobis distance of the means over layers of the log norms of A and B, with one
-    covariance for all groups. The others are mean squared z-scores of the log norms of one kind of matrix, with each
-    group's own variance, to which the pooled one is added as if it were that of two more models.
+    covariance for all groups; by it a group is the nearest. The others are mean squared z-scores of the log norms of
+    one kind of matrix, with the group's own variance, to which the pooled one is added as that of two more models.
 
     Args:
         known: log norms of the models of the groups, float64 [models, voters].
@@ -897,29 +902,23 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
         kinds: masks of the voters of A, B and BA, bool [voters].
 
     Returns:
-        Squared distances [asked, 1 + kinds], and the group that is nearest by the sum of the latter, int64 [asked].
+        Squared distances [asked, 1 + kinds], all above zero, and the nearest group, int64 [asked].
     """
     numbers, of_group = groups.unique(return_inverse=True)
     members = torch.nn.functional.one_hot(of_group, len(numbers)).double()
-    count = members.sum(0)
-    degrees = max(1, len(known) - len(numbers))
-    single = kinds[:2] or kinds
-    x, z = (torch.stack([side[:, kind].mean(1) for kind in single], dim=1) for side in (known, asked))
-    means = members.T @ x / count[:, None]
+    count, degrees = members.sum(0)[:, None], max(1, len(known) - len(numbers))
+    x, z = (torch.stack([side[:, kind].mean(1) for kind in kinds[:2]], dim=1) for side in (known, asked))
+    means = members.T @ x / count
     covariance = (x - means[of_group]).T @ (x - means[of_group]) / degrees
-    covariance += (1e-6 * covariance.trace() + 1e-18) * torch.eye(len(single), dtype=torch.float64)
+    covariance += (1e-6 * covariance.trace() + 1e-18) * torch.eye(x.shape[1], dtype=torch.float64)
     apart = z[:, None] - means
-    of_means = torch.einsum("ngi,ij,ngj->ng", apart, torch.linalg.inv(covariance), apart)
-    means = members.T @ known / count[:, None]
+    of_means, near = torch.einsum("ngi,ij,ngj->ng", apart, torch.linalg.inv(covariance), apart).min(1)
+    means = members.T @ known / count
     residuals = (known - means[of_group]).square()
-    own = (members.T @ residuals + 2 * residuals.sum(0) / degrees) / (count[:, None] + 1)
-    scores = (asked[:, None] - means).square() / own.clamp_min(1e-18)
-    of_kinds = torch.stack([scores[..., kind].mean(-1) for kind in kinds], dim=-1)  # [asked, groups, kinds]
-    group = of_kinds.sum(-1).argmin(1)
-    at_group = of_kinds[
-        torch.arange(len(asked)), group
-    ]  # one group for all kinds: else each would find a size of its own
-    return torch.cat([of_means.amin(1, keepdim=True), at_group], dim=1), numbers[group]
+    variance = (members.T @ residuals + 2 * residuals.sum(0) / degrees) / (count + 1)
+    scores = (asked - means[near]).square() / variance[near].clamp_min(1e-18)
+    columns = torch.stack([of_means, *(scores[:, kind].mean(1) for kind in kinds)], dim=1)
+    return columns.clamp_min(1e-300), numbers[near]
 
 
 def what_is_beyond(fitted: Spectra, new: Spectra) -> list[str]:
@@ -993,7 +992,9 @@ def estimates(
             predictor,
             int(answer.sizes[row]),
             dict(zip(answer.candidates.tolist(), shares, strict=True)),
-            *([], [], 1.0, "", int(stated[row]), [], list(file.notes)),
+            *([], [], 1.0, "", int(stated[row])),
+            first=[note for note in file.notes if note.startswith(FIRST)],
+            warnings=[note for note in file.notes if not note.startswith(FIRST)],
         )
         same = this_very_model(fitted, new.values[:, row])
         if same is not None:
