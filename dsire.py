@@ -873,18 +873,26 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
     groups = torch.stack([fitted.of_recipe, fitted.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
     kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
     kinds = [kind for kind in kinds if kind.any()]
-    parts = []
+    far = torch.zeros(len(known), 1 + len(kinds), dtype=torch.float64)
+    compared = torch.zeros(len(known), dtype=torch.bool)
+    turns = []
     for unit in units.unique():
         rest = units != unit
         out = ~rest & torch.isin(groups, groups[rest])  # else there is nothing to compare it with
-        parts.append((groups[out], *distances_to_groups(known[rest], groups[rest], known[out], kinds)))
-    true, held_out, held_out_near = (torch.cat(part) for part in zip(*parts, strict=True))
-    far, near = distances_to_groups(known, groups, asked, kinds)
-    usual = held_out.quantile(0.9, dim=0).repeat(int(groups.max()) + 1, 1)
-    for group in true.unique():
-        usual[group] = held_out[true == group].quantile(0.9, dim=0)
-    most, most_held_out = (far / usual[near]).amax(1), (held_out / usual[held_out_near]).amax(1)
-    p = (1 + (most_held_out >= most[:, None]).sum(1)) / (len(held_out) + 1)
+        columns, near = distances_to_groups(known[rest], groups[rest], torch.cat([known[out], asked]), kinds)
+        far[out] = columns[: int(out.sum())]
+        compared |= out
+        turns.append((out, columns, near))
+    at_least_as_far = torch.zeros(len(asked), dtype=torch.float64)
+    for out, columns, near in turns:
+        others = compared & ~out if (compared & ~out).any() else compared
+        usual = far[others].quantile(0.9, dim=0).repeat(int(groups.max()) + 1, 1)
+        for group in groups[others].unique():
+            usual[group] = far[others & (groups == group)].quantile(0.9, dim=0)
+        most = (columns / usual[near]).amax(1)
+        at_least_as_far += (most[: int(out.sum())] >= most[int(out.sum()) :, None]).sum(1)
+    p = (1 + at_least_as_far) / (compared.sum() + 1)
+    near = distances_to_groups(known, groups, asked, kinds)[1]
     return Check(p, torch.stack([(groups == group).nonzero()[0, 0] for group in near]))
 
 
