@@ -964,71 +964,94 @@ def this_very_model(fitted: Spectra, values: Tensor) -> int | None:
     return int(same[0]) if len(same) else None
 
 
+def who_speaks(fitted: Spectra, check: Check) -> list[tuple[Tensor, Tensor]]:
+    """Which labelled models, a mask, speak for which new ones, int64: those of the nearest recipe, if comparable.
+
+    For a model of no labelled recipe all recipes do: their mean is nearer to it than a single one.
+    """
+    recipe = torch.where(check.p > NOT_COMPARABLE, fitted.of_recipe[check.nearest], -1)
+    return [
+        (fitted.of_recipe == number if number >= 0 else torch.ones_like(fitted.of_recipe, dtype=torch.bool), rows)
+        for number in recipe.unique().tolist()
+        if len(rows := (recipe == number).nonzero().flatten())
+    ]
+
+
 def estimates(
-    fitted: Spectra, files: list[Spectra], predictor: str, confidence: float, units: Tensor | None = None
+    fitted: Spectra, files: list[Spectra], predictor: str, confidence: float, leave_out_recipes: bool = False
 ) -> list[Estimate]:
-    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving units out.
+    """Estimates for new models; how sure they are comes from leaving micro-datasets, or recipes, out.
 
     Args:
         fitted: the labelled models.
         files: the new models, one each, with the same voters.
         predictor: the name of one of PREDICTORS.
         confidence: the share of new models whose true size the set shall hold, between 0 and 1.
-        units: what is left out at a time, int64 [models]; by default micro-datasets.
+        leave_out_recipes: whether recipes are left out, and not micro-datasets: then all of them are fitted on.
     """
-    units = fitted.micro_datasets if units is None else units
-    values = torch.cat([file.values for file in files], dim=1).to(fitted.values.device)
-    names, stated = [str(file.names[0]) for file in files], torch.cat([file.sizes for file in files])
-    new = replace(files[0], values=values, names=names, sizes=stated, recipes=[])
-    several, regression = int(units.max()) > 0, predictor == "log-regression"
-    if several:
-        answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
-        p, check = conformal_p(fitted.sizes, units, left_out), check_recipe(fitted, new, units)
-        right, sure = (
-            right_when_left_out(fitted.sizes, left_out, predictor, confidence),
-            left_out.held_out.shares.amax(1),
-        )
-    else:
-        both, every = beside(fitted, new)
-        (answer,) = PREDICTORS[predictor](both, [every])
+    units = fitted.of_recipe if leave_out_recipes else fitted.micro_datasets
+    new = replace(
+        files[0],
+        values=torch.cat([file.values for file in files], dim=1).to(fitted.values.device),
+        sizes=torch.cat([file.sizes for file in files]),
+        names=[str(file.names[0]) for file in files],
+        recipes=[],
+    )
+    every = (torch.ones(len(units), dtype=torch.bool), torch.arange(len(files)))
+    check = check_recipe(fitted, new, units) if units.any() else None
+    found: dict[int, Estimate] = {}
+    for models, rows in who_speaks(fitted, check) if check and not leave_out_recipes else [every]:
+        its = estimates_on(fitted.of_models(models), new.of_models(rows), predictor, confidence, units[models])
+        found |= dict(zip(rows.tolist(), its, strict=True))
     beyond = what_is_beyond(fitted, new)
-    found = []
     for row, file in enumerate(files):
-        shares = answer.shares[row].tolist()
-        one = Estimate(
-            names[row],
-            predictor,
-            int(answer.sizes[row]),
-            dict(zip(answer.candidates.tolist(), shares, strict=True)),
-            *([], [], 1.0, "", int(stated[row])),
-            first=[note for note in file.notes if note.startswith(FIRST)],
-            warnings=[note for note in file.notes if not note.startswith(FIRST)],
-        )
+        one, first, said = found[row], [], list(file.notes)
         same = this_very_model(fitted, new.values[:, row])
         if same is not None:
             label = f"{shown(fitted.names[same])} of {counted(int(fitted.sizes[same]), 'image')}"
-            one.warnings.insert(0, f"this very model is among the labelled ones: {label}")
-        if not several:
-            one.warnings.append("one micro-dataset only: how sure the estimate is can't be told")
-        else:
-            members = left_out.candidates[p[row] > 1 - confidence + 1e-9].tolist()
-            one = replace(
-                one,
-                alike=models_alike(max(shares), sure, right),
-                confidence_set=[members[0], members[-1]] if regression and members else members,
-                recipe_p=float(check.p[row]),
-                recipe=fitted.recipes[int(check.nearest[row])] if fitted.of_recipe.any() else "",
-            )
-            if one.confidence_set and not one.holds(one.estimate):
-                one.warnings.append("the set does not hold the estimate: trust the set")
+            said.insert(0, f"this very model is among the labelled ones: {label}")
         if fitted.recipes_stated and file.recipes and file.recipes[0] not in fitted.recipes:
-            one.first.append(f"states a recipe that no labelled model has: {file.recipes[0]}")
-        if one.recipe_p <= NOT_COMPARABLE and same is None:
-            one.first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
-            one.first.extend(filter(None, [beyond[row]]))
+            first.append(f"states a recipe that no labelled model has: {file.recipes[0]}")
+        if check is None:
+            said.append("one micro-dataset only: how sure the estimate is can't be told")
+        else:
+            one = replace(one, recipe_p=float(check.p[row]))
+            if fitted.of_recipe.any():
+                one = replace(one, recipe=fitted.recipes[int(check.nearest[row])])
+            if one.recipe_p <= NOT_COMPARABLE and same is None:
+                first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
+                first.extend(filter(None, [beyond[row]]))
+        if one.confidence_set and not one.holds(one.estimate):
+            said.append("the set does not hold the estimate: trust the set")
         if one.stated_size and one.stated_size != one.estimate:
-            one.warnings.append(f"the estimate disagrees with the size that the file states, {one.stated_size}")
-        found.append(one)
+            said.append(f"the estimate disagrees with the size that the file states, {one.stated_size}")
+        first = [*(note for note in said if note.startswith(FIRST)), *first]
+        found[row] = replace(one, first=first, warnings=[note for note in said if note not in first])
+    return [found[row] for row in range(len(files))]
+
+
+def estimates_on(fitted: Spectra, new: Spectra, predictor: str, confidence: float, units: Tensor) -> list[Estimate]:
+    """What a predictor, fitted on labelled models, says of new ones, and how sure that is where it can be told."""
+    units = units.unique(return_inverse=True)[1]
+    several, regression = bool(units.any()), predictor == "log-regression"
+    if several:
+        answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
+        members = conformal_p(fitted.sizes, units, left_out) > 1 - confidence + 1e-9
+        right = right_when_left_out(fitted.sizes, left_out, predictor, confidence)
+    else:
+        both, every = beside(fitted, new)
+        (answer,) = PREDICTORS[predictor](both, [every])
+    found = []
+    for row, (size, shares) in enumerate(zip(answer.sizes.tolist(), answer.shares.tolist(), strict=True)):
+        alike: list[float] = []
+        held: list[int] = []
+        if several:
+            alike = models_alike(max(shares), left_out.held_out.shares.amax(1), right)
+            held = left_out.candidates[members[row]].tolist()
+            held = [held[0], held[-1]] if regression and held else held
+        votes = dict(zip(answer.candidates.tolist(), shares, strict=True))
+        stated = int(new.sizes[row])
+        found.append(Estimate(new.names[row], predictor, size, votes, alike, held, 1.0, "", stated, [], []))
     return found
 
 
@@ -1204,12 +1227,17 @@ def how_sure(spectra: Spectra, split: Split, predictor: Predictor) -> Tensor:
     whether the model is said not to be comparable.
     """
     fitted, new = spectra.of_models(split.train), spectra.of_models(split.test)
-    units = fitted.micro_datasets
-    answer, left_out = leave_out(fitted, new, predictor, units)
-    members = conformal_p(fitted.sizes, units, left_out) > 0.1 + 1e-9
-    held = (members & (left_out.candidates == new.sizes[:, None])).any(1)
-    flagged = check_recipe(fitted, new, units).p <= NOT_COMPARABLE
-    return torch.stack([(answer.sizes - new.sizes).abs(), held, members.sum(1), flagged], dim=1).double()
+    check = check_recipe(fitted, new, fitted.micro_datasets)
+    table = torch.zeros(len(new.sizes), 4, dtype=torch.float64)
+    for models, rows in who_speaks(fitted, check):
+        part, asked = fitted.of_models(models), new.of_models(rows)
+        answer, left_out = leave_out(part, asked, predictor, part.micro_datasets)
+        members = conformal_p(part.sizes, part.micro_datasets, left_out) > 0.1 + 1e-9
+        held = (members & (left_out.candidates == asked.sizes[:, None])).any(1)
+        flagged = check.p[rows] <= NOT_COMPARABLE
+        errors = (answer.sizes - asked.sizes).abs()
+        table[rows] = torch.stack([errors, held, members.sum(1), flagged], dim=1).double()
+    return table
 
 
 def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
@@ -3546,7 +3574,7 @@ def predict(
             print_error(DsireError(refused[str(path)]))
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
-        its = estimates(known, files, arguments.predictor, arguments.confidence, units)
+        its = estimates(known, files, arguments.predictor, arguments.confidence, by_recipe)
         judged += [(estimate, known, file) for estimate, file in zip(its, files, strict=True)]
     order = {str(path): number for number, path in enumerate(paths)}
     judged.sort(key=lambda one: order[one[0].file])
