@@ -1479,9 +1479,9 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     if alpha and length != 1:
         raise DsireError(f"{file}: column {shown(name)} has {length} numbers a row; alpha is one")
     if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
-        its = " x ".join(map(str, shape)) if len(shape) > 1 else length
+        numbers_of = " x ".join(map(str, shape[:2]))
         raise DsireError(
-            f"{file}: column {shown(name)} has {its} numbers a row, which does not fit rank {rank}: give another --rank"
+            f"{file}: column {shown(name)} has {numbers_of} numbers a row, which --rank={rank} does not fit"
         )
     numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
     return numbers.to(torch.float64).view(-1, length)
@@ -2226,24 +2226,19 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
     """
-    found = {
-        next(part for part in [*parts_of(path), path] if part.is_file())
-        for path in visible_files(folder, WEIGHT_ENDINGS)
-    }
-    loras: list[Path] = []
-    others, twice = [], []
-    for path in sorted(found, key=lambda path: (path.suffix.lower() in PICKLE_ENDINGS, path)):
-        safe_ones = {lora.parent for lora in loras if lora.suffix.lower() in SAFE_ENDINGS}
-        if path.suffix.lower() in PICKLE_ENDINGS and path.parent in safe_ones:
-            twice.append(path)
-        elif holds_no_lora(path):
-            others.append(path)
-        else:
-            loras.append(path)
-    notes = [f"{counted(len(twice), 'pickle')} beside safetensors in {folder} are left out"] if twice else []
+    visible = visible_files(folder, WEIGHT_ENDINGS)
+    found = {next((part for part in parts_of(path) if part.is_file()), path) for path in visible}
+    pickles = {path for path in found if path.suffix.lower() in PICKLE_ENDINGS}
+    loras = {path for path in found - pickles if not holds_no_lora(path)}
+    beside = {path for path in pickles if path.parent in {lora.parent for lora in loras}}
+    loras |= {path for path in pickles - beside if not holds_no_lora(path)}
+    others = sorted(found - loras - beside)
+    notes = (
+        [f"left out, as safetensors lie beside them: {counted(len(beside), 'pickle')} in {folder}"] if beside else []
+    )
     if others:
-        such = shown(min(others).relative_to(folder).as_posix())
-        notes.append(f"{counted(len(others), 'file')} in {folder} hold no LoRA and are left out, such as {such}")
+        hold = f"{counted(len(others), 'file')} {'hold' if len(others) > 1 else 'holds'}"
+        notes.append(f"{hold} no LoRA, such as {shown(others[0])}")
     return sorted(loras), notes
 
 
@@ -2304,25 +2299,20 @@ def folder_source(folder: Path, subset: str | None) -> Source:
     """
     labels = metadata_csv(folder)
     parquet = visible_files(folder, [".parquet"])
-    beside = subset is None and visible_files(folder, WEIGHT_ENDINGS) and all(map(holds_no_lora, parquet))
-    if labels is not None or not parquet or beside:
+    loras = visible_files(folder, WEIGHT_ENDINGS)
+    if labels is not None or not parquet or (loras and subset is None and all(map(holds_no_lora, parquet))):
         if subset is not None:
             raise DsireError(f"--subset={subset}: {folder} holds LoRA files, which have no subsets; leave it out")
-        if labels is None:
-            files, notes = weight_files(folder)
-        else:
-            unlisted = [file for file in visible_files(folder.absolute(), WEIGHT_ENDINGS) if file not in labels]
-            unlisted = [file for file in unlisted if parts_of(file)[0] not in labels]
-            such = f", such as {shown(unlisted[0].name)}" if unlisted else ""
-            files, notes = (
-                list(labels),
-                [f"{len(unlisted)} files are not in metadata.csv and not read{such}"] * bool(such),
-            )
-        if parquet:
-            notes.append(f"{counted(len(parquet), 'parquet file')} in {folder} are not read: LoRA files are")
+        files, notes = weight_files(folder) if labels is None else (sorted(labels), [])
+        unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & {*files}]
+        if labels is not None and unlisted:
+            such = shown(unlisted[0].relative_to(folder).as_posix())
+            notes.append(f"left out, as not in metadata.csv: {counted(len(unlisted), 'file')}, such as {such}")
         if not files:
             what = "; ".join(["neither parquet nor LoRA files", *notes])
             raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
+        if parquet:
+            notes.append(f"left out, as LoRA files decide: {counted(len(parquet), 'parquet file')} in {folder}")
         return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files], notes)
     notes = []
     if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
@@ -2910,7 +2900,7 @@ def metadata_csv(folder: Path) -> dict[Path, tuple[int, str, str]] | None:
         raise DsireError(f"{path} can't be read ({shown(error)})") from error
     if not {"file_name", "label"} <= set(columns):
         raise DsireError(
-            f"{path} needs the columns file_name and label, and may have name and recipe; it has {shown(head)!r}"
+            f"{path} needs the columns file_name and label, and may have name and recipe; it has {head[:80]!r}"
         )
     if not rows:
         raise DsireError(f"{path} lists no file: give each LoRA file a row of file_name,label,name")
@@ -2971,13 +2961,11 @@ def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
 def absent(item: str) -> str:
     """That nothing is at a path, and what is there under that name with an ending."""
     path = path_of(item)
-    try:
-        alike = [file.name for file in path.parent.iterdir() if item and file.stem == path.name]
-    except OSError:
-        alike = []
-    return f"{shown(item) if item else 'an empty name'}: no such file or folder" + (
-        f" ({shown(alike[0])} is)" if alike else ""
-    )
+    with suppress(OSError):
+        for file in path.parent.iterdir():
+            if item and file.stem == path.name:
+                return f"{shown(item)}: no such file or folder, but {shown(file.name)}"
+    return f"{shown(item) if item else 'an empty name'}: no such file or folder"
 
 
 def positive(text: str) -> int:
@@ -3361,15 +3349,11 @@ def between_0_and_1(text: str) -> float:
 
 
 def output_folder(text: str) -> Path:
-    """A folder to write to, seen before anything is computed.
-
-    Raises:
-        argparse.ArgumentTypeError: it, or what is to hold it, is a file or can't be written to.
-    """
+    """A folder to write to; what stands in its way is said before anything is computed."""
     path = path_of(text)
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{shown(there)} is {'not writable' if there.is_dir() else 'a file'}")
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{shown(there)} is not a folder that can be written to")
     return path
 
 
