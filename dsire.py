@@ -2438,7 +2438,7 @@ def hub_error(what: str, error: Exception) -> DsireError:
     if isinstance(error, errors.HFValidationError):
         return DsireError(f"{what} can't be a repository's name: {shown(error)}")
     if isinstance(error, errors.RemoteEntryNotFoundError) or status == 404:
-        return DsireError(f"{what} is listed but not there ({shown(error)}); try another --revision")
+        return DsireError(f"{what} is not there, though it may be listed: try another --revision")
     if any(isinstance(its, errors.OfflineModeIsEnabled) for its in causes):
         return HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it")
     if status in (401, 403):
