@@ -138,7 +138,7 @@ def test_the_names_of_classes_are_the_sizes_and_micro_datasets(tmp_path: Path) -
     table = as_class_label(table_of(models), "label", ["1", "10", "20", "30"])
     table = as_class_label(table, "name", ["other", *sorted({name for name, _ in models})])
     assert set(table["label"].to_pylist()) == {1, 2, 3}
-    sizes, names = dsire.model_labels(table.select(["label", "name"]), "file")
+    sizes, names, _ = dsire.model_labels(table.select(["label", "name"]), "file")
     assert list(zip(names, sizes.tolist(), strict=True)) == models
 
 
@@ -179,7 +179,7 @@ def test_other_types_of_labels_and_names_mean_the_same(column: str, kind: pa.Dat
     values = [str(value) for value in values] if kind == pa.string() else values
     array = pa.array(values).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(values).cast(kind)
     table = table.set_column(table.column_names.index(column), column, array)
-    sizes, names = dsire.model_labels(table, "file")
+    sizes, names, _ = dsire.model_labels(table, "file")
     assert list(zip(names, sizes.tolist(), strict=True)) == models
 
 
@@ -430,7 +430,7 @@ def test_shards_of_one_model_are_read_as_one(run: Run, tmp_path: Path) -> None:
 def test_metadata_csv_as_programs_write_it(text: str, tmp_path: Path) -> None:
     write_lora(tmp_path / "a.safetensors", ("a", 5))
     (tmp_path / "metadata.csv").write_text(text)
-    assert dsire.metadata_csv(tmp_path) == {tmp_path / "a.safetensors": (5, "x")}
+    assert dsire.metadata_csv(tmp_path) == {tmp_path / "a.safetensors": (5, "x", "")}
 
 
 @pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
@@ -440,7 +440,7 @@ def test_names_are_compared_normalised(on_disk: str, separator: str, tmp_path: P
     file = write_lora(tmp_path / "sub" / f"{unicodedata.normalize(on_disk, 'Grün')}.safetensors", ("a", 5))
     listed = f"sub{separator}{unicodedata.normalize(other, 'Grün')}.safetensors"
     (tmp_path / "metadata.csv").write_text(f"file_name,label,name\n{listed},5,x\n")
-    assert dsire.metadata_csv(tmp_path) == {file: (5, "x")}
+    assert dsire.metadata_csv(tmp_path) == {file: (5, "x", "")}
 
 
 @pytest.mark.parametrize(
