@@ -1429,7 +1429,8 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
     if not layers:
         kind = "it is " + ("a full checkpoint, not a LoRA" if others else "empty")
         kind = f"the layout of {shown(of_lora[0])} is not known here" if of_lora else kind
-        raise NoLora(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
+        error = DsireError if of_lora else NoLora  # a layout that isn't known here is not left out as something else
+        raise error(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
     unknown = [key for key in of_lora if ".lora_" in key and len(key) <= 1000]
     if unknown:  # what comes next: it may stand between A and B
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
@@ -2191,13 +2192,13 @@ def open_model(path: Path) -> Iterator[Weights]:
 
 
 def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
-    """The files below a folder with one of these endings, sorted; never hidden ones, such as macOS' ._name."""
+    """The files, and links, below a folder with one of these endings, sorted; never hidden ones (macOS' ._name)."""
     return sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in endings
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        and not path.is_dir()
     )
 
 
@@ -2308,6 +2309,9 @@ def folder_source(folder: Path, subset: str | None) -> Source:
         if labels is not None and unlisted:
             such = shown(unlisted[0].relative_to(folder).as_posix())
             notes.append(f"left out, as not in metadata.csv: {counted(len(unlisted), 'file')}, such as {such}")
+        elsewhere = [file for file in visible_files(folder, [".csv"]) if file.name == "metadata.csv"]
+        if labels is None and elsewhere:
+            notes.append(f"{shown(elsewhere[0])} is not read: it does not lie in {folder} itself")
         if not files:
             what = "; ".join(["neither parquet nor LoRA files", *notes])
             raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
@@ -2326,6 +2330,13 @@ def folder_source(folder: Path, subset: str | None) -> Source:
 
 
 def shard_on_disk(file: Path) -> Shard:
+    """The file as a shard; what decides its spectra is in the etag.
+
+    Raises:
+        DsireError: it is a link to nothing.
+    """
+    if not file.is_file():
+        raise DsireError(f"{file} is a link to a file that is not there")
     parts = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
     etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
     return Shard(str(file.absolute()), file.stat().st_size, etag)
@@ -2829,7 +2840,8 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
         else:
             notes.append((name, "left out, as it states no size"))
     if not known:
-        raise DsireError(f"no file in {folder} has a size: write {folder / 'metadata.csv'} with file_name,label,name")
+        advice = f"write {folder / 'metadata.csv'} with file_name,label,name"
+        raise DsireError("; ".join([f"no file in {folder} has a size: {advice}", *source.notes]))
     shapes = [file.shapes for file in known]
     common = [layer for layer, shape in shapes[0].items() if all(other.get(layer) == shape for other in shapes)]
     if not common:
