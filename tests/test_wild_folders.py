@@ -413,6 +413,26 @@ def test_shards_of_one_model_are_read_as_one(run: Run, tmp_path: Path) -> None:
     assert run("--dataset", own, "--predict", folder).says("adapter_model-00001-of-00002.safetensors: no such file")
 
 
+@pytest.mark.parametrize("ending", ["parquet", "safetensors"])
+def test_a_link_to_nothing_is_said(ending: str, run: Run, tmp_path: Path) -> None:
+    write_lora(tmp_path / "own" / "a.safetensors", ("a", 10))
+    (tmp_path / "link" / f"train.{ending}").parent.mkdir()
+    (tmp_path / "link" / f"train.{ending}").symlink_to("nowhere")
+    assert run("--dataset", tmp_path / "link", "--rank=4").says(f"train.{ending} is a link to a file that is not there")
+
+
+def test_a_list_that_lies_elsewhere_is_named(run: Run, tmp_path: Path) -> None:
+    write_labelled(tmp_path / "own" / "loras")
+    assert run("--dataset", tmp_path / "own").says("no file in", "has a size", "loras/metadata.csv is not read")
+
+
+def test_a_lora_of_an_unknown_layout_is_no_foreign_file(run: Run, tmp_path: Path) -> None:
+    own = write_labelled(tmp_path / "own")
+    write_lora(tmp_path / "mine" / "lora.safetensors", ("a", 20))
+    save_file({"x.lora_weird": torch.ones(4, 4)}, tmp_path / "mine" / "weird.safetensors")
+    assert run("--dataset", own, "--predict", tmp_path / "mine").says("weird.safetensors", "not known here")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # metadata.csv
 
