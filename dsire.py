@@ -1571,6 +1571,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         sizes, names, recipes = model_labels(labels, path.name)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others = lora_layers(columns, path.name)
+        lone = [column for column in others if len(column) <= 1000 and MATRIX_KEY.fullmatch(column)]
+        if lone:  # in a table of models it is no stray: a part of every model is missing
+            raise DsireError(f"{path.name}: {shown(lone[0])} has no partner: the layer's A (down) or B (up) is missing")
 
         def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
@@ -1705,10 +1708,8 @@ WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
 
 
 # Pickles that trainers leave beside a LoRA: many hold more than tensors, so that they can't even be looked into
-TRAINERS = re.compile(
-    r"(optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states\.)"
-)
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+TRAINERS = re.compile("optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states[.]")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
 # What a file is that begins with these bytes.
 FIRST_BYTES = {
@@ -2211,7 +2212,8 @@ def holds_no_lora(path: Path) -> bool:
             import pyarrow.parquet as pq
 
             with parquet_errors(path):
-                return not lora_layers(pq.read_schema(path).names, path.name)
+                lora_layers(pq.read_schema(path).names, path.name)
+            return False
         with open_model(path) as weights:
             layers, _ = lora_layers(weights.keys, path.name)
             # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
@@ -2234,9 +2236,7 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
     beside = {path for path in pickles if path.parent in {lora.parent for lora in loras}}
     loras |= {path for path in pickles - beside if not holds_no_lora(path)}
     others = sorted(found - loras - beside)
-    notes = (
-        [f"left out, as safetensors lie beside them: {counted(len(beside), 'pickle')} in {folder}"] if beside else []
-    )
+    notes = [f"{counted(len(beside), 'pickle')} beside safetensors in {folder} left out"] if beside else []
     if others:
         hold = f"{counted(len(others), 'file')} {'hold' if len(others) > 1 else 'holds'}"
         notes.append(f"{hold} no LoRA, such as {shown(others[0])}")
@@ -2367,6 +2367,13 @@ def files_of_subset(
             (view / name).touch()
         for name, card in cards.items():
             (view / name).write_bytes(card.read_bytes())
+
+        def files_by_split(config: str) -> dict[str, list[str]]:
+            found = datasets.load_dataset_builder(str(view), config, cache_dir=place).config.data_files or {}
+            return {
+                str(split): [Path(file).relative_to(view).as_posix() for file in its] for split, its in found.items()
+            }
+
         try:
             configs = datasets.get_dataset_config_names(str(view))
             if subset is None and len(configs) > 1:
@@ -2374,31 +2381,24 @@ def files_of_subset(
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
             subset = subset or configs[0]
-            splits: dict[str, list[str]] = {}
-            of_none = set(names)
-            for config in [subset, *(other for other in configs if other != subset)]:
-                if of_none:  # else nothing is left out, and the other subsets need no look
-                    builder = datasets.load_dataset_builder(str(view), config, cache_dir=place)
-                    of_config = {
-                        str(split): [Path(file).relative_to(view).as_posix() for file in files]
-                        for split, files in (builder.config.data_files or {}).items()
-                    }
-                    splits = of_config if config == subset else splits
-                    of_none -= {name for files in of_config.values() for name in files}
+            splits = files_by_split(subset)
+            of_none = set(names).difference(*splits.values())
+            for other in configs if of_none else []:
+                with suppress(OSError, ValueError):  # it holds no parquet
+                    of_none.difference_update(*files_by_split(other).values())
         except DsireError:
             raise
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
             reason = re.sub(r" with any supported extension.*", "", shown(error)).replace(str(view), "it")
-            raise DsireError(f"{what} has no data to read: {reason}") from error
+            which = f" in subset {subset}" if subset else ""
+            raise DsireError(f"{what} has no parquet to read{which}: {reason}") from error
         files = list(dict.fromkeys(name for split in splits.values() for name in split))
         if not files:
             raise DsireError(f"{what}: subset {subset} has no parquet")
         notes = [f"the splits {' '.join(splits)} are taken together"] if len(splits) > 1 else []
         if of_none:
-            left_out = f"{counted(len(of_none), 'parquet file')} of {what} belong to no split of a subset"
-            notes.append(
-                f"{left_out} and are left out, such as {shown(min(of_none))}: name them in README.md's configs"
-            )
+            left_out = f"{counted(len(of_none), 'parquet file')} of {what} left out, as in no split of a subset"
+            notes.append(f"{left_out}, such as {shown(min(of_none))}: name them in the configs of README.md")
         return subset, files, notes
 
 

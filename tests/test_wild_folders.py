@@ -298,6 +298,25 @@ def test_other_subsets_are_not_left_out(run: Run, tmp_path: Path) -> None:
     assert outcome.report["notes"] == []
 
 
+def test_a_subset_beside_one_that_is_no_parquet(run: Run, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "wise", [table_of(models_of(4, SIZES))])
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.removesuffix("---\n") + "- config_name: texts\n  data_files: t.csv\n---\n")
+    (folder / "t.csv").write_text("a,b\n")
+    write_parquet(folder / "more", table_of(models_of(4, SIZES)))
+    outcome = run("--dataset", folder, "--subset=low_4", "--train_size=2")
+    assert outcome.code == 0, outcome.err
+    assert note_of(outcome.report["notes"], "1 parquet file", "more/train.parquet")
+
+
+def test_a_shard_of_parquet_is_its_own_version(tmp_path: Path) -> None:
+    """Only shards of one model are one: those of a table are computed anew one by one."""
+    models = models_of(6, SIZES)
+    folder = write_folder(tmp_path / "wise", [table_of(models[start : start + 6]) for start in (0, 6, 12)])
+    source, _ = dsire.find_source(str(folder), "low_4", None, tmp_path)
+    assert len({shard.etag.count("-") for shard in source.shards}) == 1
+
+
 @pytest.mark.parametrize("place", ["wise [v1]", "wise*", "wise?x", ".data", "__wise__", "100%20x", "{a,b}", "test"])
 def test_any_place_will_do(place: str, run: Run, tmp_path: Path) -> None:
     """A sibling that a pattern would catch, and a script of the dataset's own name, are not read."""
