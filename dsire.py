@@ -1457,7 +1457,8 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
     if not layers:
         kind = "it is " + ("a full checkpoint, not a LoRA" if others else "empty")
         kind = f"the layout of {shown(of_lora[0])} is not known here" if of_lora else kind
-        raise NoLora(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
+        error = DsireError if of_lora else NoLora  # a layout that isn't known here is not left out as something else
+        raise error(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
     unknown = [key for key in of_lora if ".lora_" in key and len(key) <= 1000]
     if unknown:  # what comes next: it may stand between A and B
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
@@ -1507,9 +1508,9 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     if alpha and length != 1:
         raise DsireError(f"{file}: column {shown(name)} has {length} numbers a row; alpha is one")
     if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
-        its = " x ".join(map(str, shape)) if len(shape) > 1 else length
+        numbers_of = " x ".join(map(str, shape[:2]))
         raise DsireError(
-            f"{file}: column {shown(name)} has {its} numbers a row, which does not fit rank {rank}: give another --rank"
+            f"{file}: column {shown(name)} has {numbers_of} numbers a row, which --rank={rank} does not fit"
         )
     numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
     return numbers.to(torch.float64).view(-1, length)
@@ -1598,6 +1599,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         sizes, names, recipes = model_labels(labels, path.name)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others = lora_layers(columns, path.name)
+        lone = [column for column in others if len(column) <= 1000 and MATRIX_KEY.fullmatch(column)]
+        if lone:  # in a table of models it is no stray: a part of every model is missing
+            raise DsireError(f"{path.name}: {shown(lone[0])} has no partner: the layer's A (down) or B (up) is missing")
 
         def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
@@ -1732,10 +1736,8 @@ WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
 
 
 # Pickles that trainers leave beside a LoRA: many hold more than tensors, so that they can't even be looked into
-TRAINERS = re.compile(
-    r"(optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states\.)"
-)
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+TRAINERS = re.compile("optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states[.]")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
 # What a file is that begins with these bytes.
 FIRST_BYTES = {
@@ -2219,13 +2221,13 @@ def open_model(path: Path) -> Iterator[Weights]:
 
 
 def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
-    """The files below a folder with one of these endings, sorted; never hidden ones, such as macOS' ._name."""
+    """The files, and links, below a folder with one of these endings, sorted; never hidden ones (macOS' ._name)."""
     return sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in endings
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        and not path.is_dir()
     )
 
 
@@ -2238,7 +2240,8 @@ def holds_no_lora(path: Path) -> bool:
             import pyarrow.parquet as pq
 
             with parquet_errors(path):
-                return not lora_layers(pq.read_schema(path).names, path.name)
+                lora_layers(pq.read_schema(path).names, path.name)
+            return False
         with open_model(path) as weights:
             layers, _ = lora_layers(weights.keys, path.name)
             # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
@@ -2254,24 +2257,17 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
     """
-    found = {
-        next(part for part in [*parts_of(path), path] if part.is_file())
-        for path in visible_files(folder, WEIGHT_ENDINGS)
-    }
-    loras: list[Path] = []
-    others, twice = [], []
-    for path in sorted(found, key=lambda path: (path.suffix.lower() in PICKLE_ENDINGS, path)):
-        safe_ones = {lora.parent for lora in loras if lora.suffix.lower() in SAFE_ENDINGS}
-        if path.suffix.lower() in PICKLE_ENDINGS and path.parent in safe_ones:
-            twice.append(path)
-        elif holds_no_lora(path):
-            others.append(path)
-        else:
-            loras.append(path)
-    notes = [f"{counted(len(twice), 'pickle')} beside safetensors in {folder} are left out"] if twice else []
+    visible = visible_files(folder, WEIGHT_ENDINGS)
+    found = {next((part for part in parts_of(path) if part.is_file()), path) for path in visible}
+    pickles = {path for path in found if path.suffix.lower() in PICKLE_ENDINGS}
+    loras = {path for path in found - pickles if not holds_no_lora(path)}
+    beside = {path for path in pickles if path.parent in {lora.parent for lora in loras}}
+    loras |= {path for path in pickles - beside if not holds_no_lora(path)}
+    others = sorted(found - loras - beside)
+    notes = [f"{counted(len(beside), 'pickle')} beside safetensors in {folder} left out"] if beside else []
     if others:
-        such = shown(min(others).relative_to(folder).as_posix())
-        notes.append(f"{counted(len(others), 'file')} in {folder} hold no LoRA and are left out, such as {such}")
+        hold = f"{counted(len(others), 'file')} {'hold' if len(others) > 1 else 'holds'}"
+        notes.append(f"{hold} no LoRA, such as {shown(others[0])}")
     return sorted(loras), notes
 
 
@@ -2332,25 +2328,23 @@ def folder_source(folder: Path, subset: str | None) -> Source:
     """
     labels = metadata_csv(folder)
     parquet = visible_files(folder, [".parquet"])
-    beside = subset is None and visible_files(folder, WEIGHT_ENDINGS) and all(map(holds_no_lora, parquet))
-    if labels is not None or not parquet or beside:
+    loras = visible_files(folder, WEIGHT_ENDINGS)
+    if labels is not None or not parquet or (loras and subset is None and all(map(holds_no_lora, parquet))):
         if subset is not None:
             raise DsireError(f"--subset={subset}: {folder} holds LoRA files, which have no subsets; leave it out")
-        if labels is None:
-            files, notes = weight_files(folder)
-        else:
-            unlisted = [file for file in visible_files(folder.absolute(), WEIGHT_ENDINGS) if file not in labels]
-            unlisted = [file for file in unlisted if parts_of(file)[0] not in labels]
-            such = f", such as {shown(unlisted[0].name)}" if unlisted else ""
-            files, notes = (
-                list(labels),
-                [f"{len(unlisted)} files are not in metadata.csv and not read{such}"] * bool(such),
-            )
-        if parquet:
-            notes.append(f"{counted(len(parquet), 'parquet file')} in {folder} are not read: LoRA files are")
+        files, notes = weight_files(folder) if labels is None else (sorted(labels), [])
+        unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & {*files}]
+        if labels is not None and unlisted:
+            such = shown(unlisted[0].relative_to(folder).as_posix())
+            notes.append(f"left out, as not in metadata.csv: {counted(len(unlisted), 'file')}, such as {such}")
+        elsewhere = [file for file in visible_files(folder, [".csv"]) if file.name == "metadata.csv"]
+        if labels is None and elsewhere:
+            notes.append(f"{shown(elsewhere[0])} is not read: it does not lie in {folder} itself")
         if not files:
             what = "; ".join(["neither parquet nor LoRA files", *notes])
             raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
+        if parquet:
+            notes.append(f"left out, as LoRA files decide: {counted(len(parquet), 'parquet file')} in {folder}")
         return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files], notes)
     notes = []
     if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
@@ -2364,6 +2358,13 @@ def folder_source(folder: Path, subset: str | None) -> Source:
 
 
 def shard_on_disk(file: Path) -> Shard:
+    """The file as a shard; what decides its spectra is in the etag.
+
+    Raises:
+        DsireError: it is a link to nothing.
+    """
+    if not file.is_file():
+        raise DsireError(f"{file} is a link to a file that is not there")
     parts = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
     etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
     return Shard(str(file.absolute()), file.stat().st_size, etag)
@@ -2394,6 +2395,13 @@ def files_of_subset(
             (view / name).touch()
         for name, card in cards.items():
             (view / name).write_bytes(card.read_bytes())
+
+        def files_by_split(config: str) -> dict[str, list[str]]:
+            found = datasets.load_dataset_builder(str(view), config, cache_dir=place).config.data_files or {}
+            return {
+                str(split): [Path(file).relative_to(view).as_posix() for file in its] for split, its in found.items()
+            }
+
         try:
             configs = datasets.get_dataset_config_names(str(view))
             if subset is None and len(configs) > 1:
@@ -2401,31 +2409,24 @@ def files_of_subset(
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
             subset = subset or configs[0]
-            splits: dict[str, list[str]] = {}
-            of_none = set(names)
-            for config in [subset, *(other for other in configs if other != subset)]:
-                if of_none:  # else nothing is left out, and the other subsets need no look
-                    builder = datasets.load_dataset_builder(str(view), config, cache_dir=place)
-                    of_config = {
-                        str(split): [Path(file).relative_to(view).as_posix() for file in files]
-                        for split, files in (builder.config.data_files or {}).items()
-                    }
-                    splits = of_config if config == subset else splits
-                    of_none -= {name for files in of_config.values() for name in files}
+            splits = files_by_split(subset)
+            of_none = set(names).difference(*splits.values())
+            for other in configs if of_none else []:
+                with suppress(OSError, ValueError):  # it holds no parquet
+                    of_none.difference_update(*files_by_split(other).values())
         except DsireError:
             raise
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
             reason = re.sub(r" with any supported extension.*", "", shown(error)).replace(str(view), "it")
-            raise DsireError(f"{what} has no data to read: {reason}") from error
+            which = f" in subset {subset}" if subset else ""
+            raise DsireError(f"{what} has no parquet to read{which}: {reason}") from error
         files = list(dict.fromkeys(name for split in splits.values() for name in split))
         if not files:
             raise DsireError(f"{what}: subset {subset} has no parquet")
         notes = [f"the splits {' '.join(splits)} are taken together"] if len(splits) > 1 else []
         if of_none:
-            left_out = f"{counted(len(of_none), 'parquet file')} of {what} belong to no split of a subset"
-            notes.append(
-                f"{left_out} and are left out, such as {shown(min(of_none))}: name them in README.md's configs"
-            )
+            left_out = f"{counted(len(of_none), 'parquet file')} of {what} left out, as in no split of a subset"
+            notes.append(f"{left_out}, such as {shown(min(of_none))}: name them in the configs of README.md")
         return subset, files, notes
 
 
@@ -2476,7 +2477,7 @@ def hub_error(what: str, error: Exception) -> DsireError:
     if isinstance(error, errors.HFValidationError):
         return DsireError(f"{what} can't be a repository's name: {shown(error)}")
     if isinstance(error, errors.RemoteEntryNotFoundError) or status == 404:
-        return DsireError(f"{what} is listed but not there ({shown(error)}); try another --revision")
+        return DsireError(f"{what} is not there, though it may be listed: try another --revision")
     if any(isinstance(its, errors.OfflineModeIsEnabled) for its in causes):
         return HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it")
     if status in (401, 403):
@@ -2867,7 +2868,8 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
         else:
             notes.append((name, "left out, as it states no size"))
     if not known:
-        raise DsireError(f"no file in {folder} has a size: write {folder / 'metadata.csv'} with file_name,label,name")
+        advice = f"write {folder / 'metadata.csv'} with file_name,label,name"
+        raise DsireError("; ".join([f"no file in {folder} has a size: {advice}", *source.notes]))
     shapes = [file.shapes for file in known]
     common = [layer for layer, shape in shapes[0].items() if all(other.get(layer) == shape for other in shapes)]
     if not common:
@@ -2938,7 +2940,7 @@ def metadata_csv(folder: Path) -> dict[Path, tuple[int, str, str]] | None:
         raise DsireError(f"{path} can't be read ({shown(error)})") from error
     if not {"file_name", "label"} <= set(columns):
         raise DsireError(
-            f"{path} needs the columns file_name and label, and may have name and recipe; it has {shown(head)!r}"
+            f"{path} needs the columns file_name and label, and may have name and recipe; it has {head[:80]!r}"
         )
     if not rows:
         raise DsireError(f"{path} lists no file: give each LoRA file a row of file_name,label,name")
@@ -2999,13 +3001,11 @@ def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
 def absent(item: str) -> str:
     """That nothing is at a path, and what is there under that name with an ending."""
     path = path_of(item)
-    try:
-        alike = [file.name for file in path.parent.iterdir() if item and file.stem == path.name]
-    except OSError:
-        alike = []
-    return f"{shown(item) if item else 'an empty name'}: no such file or folder" + (
-        f" ({shown(alike[0])} is)" if alike else ""
-    )
+    with suppress(OSError):
+        for file in path.parent.iterdir():
+            if item and file.stem == path.name:
+                return f"{shown(item)}: no such file or folder, but {shown(file.name)}"
+    return f"{shown(item) if item else 'an empty name'}: no such file or folder"
 
 
 def positive(text: str) -> int:
@@ -3389,15 +3389,11 @@ def between_0_and_1(text: str) -> float:
 
 
 def output_folder(text: str) -> Path:
-    """A folder to write to, seen before anything is computed.
-
-    Raises:
-        argparse.ArgumentTypeError: it, or what is to hold it, is a file or can't be written to.
-    """
+    """A folder to write to; what stands in its way is said before anything is computed."""
     path = path_of(text)
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{shown(there)} is {'not writable' if there.is_dir() else 'a file'}")
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{shown(there)} is not a folder that can be written to")
     return path
 
 
