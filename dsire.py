@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""DSiRe: how many images was a LoRA trained on? Dataset size recovery from LoRA weights (arXiv:2406.19395).
+"""DSiRe: how many images was a LoRA trained on? (arXiv:2406.19395)
 
-    python dsire.py                                     # the subset that ships with the script, offline
-    python dsire.py --subset=low_32 --rank=32           # a subset of LoRA-WiSE, from the Hugging Face Hub
+    python dsire.py                            # the subset that ships, offline
+    python dsire.py --subset=low_32 --rank=32  # LoRA-WiSE, from the Hub
     python dsire.py --subset=low_32 --predict my_lora.safetensors
-    python dsire.py --dataset=my_labelled_loras --predict folder/ user/name --output=results
+    python dsire.py --dataset=my_loras --predict folder/ user/name --output=out
 
-The script reads from top to bottom as the paper does: a LoRA layer and its spectra, the voters and the vote, a
-regression beyond the paper, the protocol, how sure an estimate is. Then come the weights: the names of LoRA matrices,
-parquet, LoRA files, where they come from and the cache of spectra. Last: the report, pictures, the command line.
+The script reads from top to bottom as the paper does: a LoRA layer and its
+spectra, the voters and the vote, a regression beyond the paper, the protocol,
+how sure an estimate is, everything compared. Then the weights: the names of
+LoRA matrices, parquet, LoRA files, where they come from, the cache of spectra.
+Last: the report, pictures, the command line.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import gc
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -29,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter
@@ -36,6 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
 from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
@@ -54,7 +59,7 @@ SHIPPED = Path(__file__).resolve().parent / "tests" / "tiny_wise"
 SHIPPED_SUBSET = "low_4"
 CACHE = Path(".cache/lora_wise")
 MATRICES = ("A", "B", "BA")
-CACHE_FORMAT = 2  # part of every cache key: spectra that were written in another form are computed anew
+CACHE_FORMAT = 3  # part of every cache key: spectra that were written in another form are computed anew
 DISTANCES_AT_ONCE = 2**20  # of one voter, by the nearest-neighbour search: 8 MiB for each core
 BYTES_AT_ONCE = 2**27  # of decoded columns, over all cores
 
@@ -95,6 +100,10 @@ class DsireError(Exception):
     """Something the user can mend; the message is one line that says what to do."""
 
 
+class NoLora(DsireError):
+    """A sound file of something else, such as lies beside LoRAs: in a folder it is left out and counted."""
+
+
 def shown(what: object) -> str:
     """A name out of a file or a library's error, fit for a message: one printable line of at most 160 characters."""
     text = str(what).strip() or type(what).__name__
@@ -102,6 +111,14 @@ def shown(what: object) -> str:
         text = text.splitlines()[0].rstrip(" .")
     clean = "".join(letter if letter.isprintable() else "?" for letter in text)
     return clean if len(clean) <= 160 else f"{clean[:120]}... ({len(clean):,} characters)"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.6g}%"
 
 
 def cores() -> int:
@@ -238,6 +255,12 @@ class Voter(NamedTuple):
     matrix: str
 
 
+def numbered(names: list[Any]) -> Tensor:
+    """Names as numbers, 0, 1, ... in their sorted order: int64."""
+    number = {name: index for index, name in enumerate(sorted(set(names)))}
+    return torch.tensor([number[name] for name in names], dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Spectra:
     """The spectra of some models, with what is known of the models.
@@ -249,6 +272,8 @@ class Spectra:
         voters: what each row of `values` is.
         shapes: layer -> [out, in, rank].
         notes: what was left out or is unusual, to be said in the report.
+        recipes: what the recipe that each model was trained with is called; empty where nothing says it.
+        recipes_stated: whether that is what LoRA files' own headers state.
     """
 
     values: Tensor
@@ -257,12 +282,18 @@ class Spectra:
     voters: list[Voter]
     shapes: dict[str, list[int]]
     notes: list[str] = field(default_factory=list)
+    recipes: list[str] = field(default_factory=list)
+    recipes_stated: bool = False
 
     @cached_property
     def micro_datasets(self) -> Tensor:
         """The micro-dataset of each model as a number, 0, 1, ... in the order of the names: int64 [models]."""
-        number = {name: index for index, name in enumerate(sorted(set(self.names)))}
-        return torch.tensor([number[name] for name in self.names], dtype=torch.int64)
+        return numbered(self.names)
+
+    @cached_property
+    def of_recipe(self) -> Tensor:
+        """The recipe of each model as a number, 0, 1, ... in the order of the recipes: int64 [models]."""
+        return numbered(self.recipes or [""] * len(self.names))
 
     @property
     def count(self) -> int:
@@ -272,8 +303,8 @@ class Spectra:
     def of_models(self, models: Tensor) -> Spectra:
         """The models with these numbers, int64, or of this mask, bool [models]."""
         models = models.nonzero().flatten() if models.dtype == torch.bool else models
-        names = [self.names[model] for model in models.tolist()]
-        return replace(self, values=self.values[:, models], sizes=self.sizes[models], names=names)
+        names, recipes = ([its[model] for model in models.tolist() if its] for its in (self.names, self.recipes))
+        return replace(self, values=self.values[:, models], sizes=self.sizes[models], names=names, recipes=recipes)
 
     def of_matrices(self, matrices: Iterable[str]) -> Spectra:
         return self.of_voters([voter for voter in self.voters if voter.matrix in matrices])
@@ -493,13 +524,13 @@ def unrounded(prediction: Prediction) -> Prediction:
 
 @dataclass(frozen=True)
 class LogRidge:
-    """A fitted `log_ridge`: what it says of new models, and what it would say with a micro-dataset left out.
+    """A fitted `log_ridge`: what it says of new models, and what it would say with a unit left out.
 
     Attributes:
         candidates: the training sizes in rising order, int64 [sizes].
         answers: log n of the new models, float64 [new].
-        held_out: log n of each training model, fitted without its micro-dataset, float64 [models].
-        turns: log n of the new models, fitted without each micro-dataset in turn, float64 [new, micro-datasets].
+        held_out: log n of each training model, fitted without its unit, float64 [models].
+        turns: log n of the new models, fitted without each unit in turn, float64 [new, units].
         deviation: the standard deviation of what `held_out` errs by.
     """
 
@@ -510,16 +541,20 @@ class LogRidge:
     deviation: float
 
     @classmethod
-    def fit(cls, train: Spectra, new: Spectra) -> LogRidge:
+    def fit(cls, train: Spectra, new: Spectra, units: Tensor | None = None) -> LogRidge:
         """Fit on the training models. Nothing is fitted twice: leaving models out of a ridge has a closed form.
 
-        With the hat matrix H (fitted values H y) and a micro-dataset f, the models of f are missed by
-        (I - H_ff)^-1 (y - H y)_f when f is left out. A fit isn't changed by models that lie on it: so with f left out,
-        new models are answered as if y_f had been what is said of f.
+        With the hat matrix H (fitted values H y) and a unit f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f
+        when f is left out. A fit isn't changed by models that lie on it: so with f left out, new models are answered as
+        if y_f had been what is said of f.
+
+        Args:
+            units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
         """
         x, z = log_features(train, new)
         y, candidates = train.sizes.double().log(), train.sizes.unique()
-        groups = train.micro_datasets if train.count > 1 else torch.arange(len(y))
+        groups = train.micro_datasets if units is None else units
+        groups = groups if len(groups.unique()) > 1 else torch.arange(len(y))
         if len(y) == 1:
             return cls(candidates, y.expand(len(z)), y, y.expand(len(z), 1), 1.0)
         folds = [(groups == group).nonzero().flatten() for group in groups.unique()]
@@ -542,10 +577,10 @@ class LogRidge:
         return cls(candidates, answers, y - errors, turns, deviation)
 
     def prediction(self, answers: Tensor) -> Prediction:
-        """The training sizes nearest to answers, log n of any shape."""
-        distances = (answers[..., None] - self.candidates.double().log()) / max(self.deviation, 1e-9)
-        shares = torch.softmax(-distances.square() / 2, dim=-1)
-        images = answers.clamp(0, math.log(2**53)).exp()
+        """The training sizes nearest to answers, log n of any shape; in images up to four times beyond those sizes."""
+        sizes = self.candidates.double().log()
+        shares = torch.softmax(-((answers[..., None] - sizes) / max(self.deviation, 1e-9)).square() / 2, dim=-1)
+        images = answers.clamp(float(sizes[0]) - math.log(4), float(sizes[-1]) + math.log(4)).exp().clamp_min(1)
         return Prediction(self.candidates[shares.argmax(-1)], self.candidates, shares, images)
 
 
@@ -643,122 +678,6 @@ def evaluate(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list
     return judge_all(spectra, runs, predictor(spectra, runs))
 
 
-def in_groups(predict: Callable[[list[Split]], list[T]], groups: dict[str, list[Split]]) -> dict[str, list[T]]:
-    """What is predicted of the splits of each group, all in one call, in which they share their distances."""
-    answers = iter(predict([split for its in groups.values() for split in its]))
-    return {name: [next(answers) for _ in its] for name, its in groups.items()}
-
-
-def train_sizes(spectra: Spectra, protocol: Protocol) -> dict[str, list[Split]]:
-    """The protocol's splits with fewer micro-datasets to train on, up to as many as it says (Figure 5)."""
-    counts = sorted({n for n in (1, 2, 3, 5, 10) if n < protocol.train_size} | {protocol.train_size})
-    return {str(n): splits(spectra.micro_datasets, protocol._replace(train_size=n)) for n in counts}
-
-
-def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> dict[str, list[Experiment]]:
-    """The metrics by the number of micro-datasets to train on."""
-    groups = train_sizes(spectra, protocol)
-    if predictor is gda:  # a discriminant analysis needs more models than sizes
-        groups.pop("1", None)
-    predictions = in_groups(lambda together: predictor(spectra, together), groups)
-    return {name: judge_all(spectra, its, predictions[name]) for name, its in groups.items()}
-
-
-def by_size(spectra: Spectra, experiments: list[Experiment]) -> dict[str, list[Experiment]]:
-    """The metrics of the test models of each dataset size."""
-    rows: dict[str, list[Experiment]] = {}
-    for size in spectra.sizes.unique().tolist():
-        for run in experiments:
-            chosen = spectra.sizes[run.test] == size
-            if chosen.any():
-                its = replace(run.prediction, sizes=run.prediction.sizes[chosen], shares=run.prediction.shares[chosen])
-                rows.setdefault(str(size), []).append(judge(spectra, run.test[chosen], its))
-    return rows
-
-
-def unseen_sizes(spectra: Spectra, runs: list[Split]) -> list[list[Split]]:
-    """For each split, one for each size between two others: to be told from training models of all other sizes.
-
-    A classifier's best answer is a neighbouring size; a regression can name the size itself.
-    """
-    between = spectra.sizes.unique()[1:-1].tolist()
-    gaps = [
-        [
-            Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
-            for size in between
-        ]
-        for run in runs
-    ]
-    return [[gap for gap in its if len(gap.train) and len(gap.test)] for its in gaps]
-
-
-def judge_together(spectra: Spectra, gaps: list[list[Split]], predictions: Iterable[Prediction]) -> list[Experiment]:
-    """An experiment for each list of splits, whose predictions are judged as one."""
-    left, none = iter(predictions), torch.zeros(0, dtype=torch.int64)
-    found = []
-    for its in filter(None, gaps):
-        test, sizes = torch.cat([gap.test for gap in its]), torch.cat([next(left).sizes for _ in its])
-        found.append(judge(spectra, test, Prediction(sizes, none, none.double())))
-    return found
-
-
-Tables = dict[str, dict[str, list[Experiment]]]  # title -> row -> experiments
-
-
-def compare(spectra: Spectra, protocol: Protocol) -> tuple[Tables, Tensor]:
-    """Every predictor and kind of matrix (Tables 2, 5 and 9), by size and training micro-datasets, on the same splits.
-
-    Returns:
-        The tables, and the accuracy of each voter alone, in %, mean over the experiments: float64 [voters].
-    """
-    from tqdm import tqdm
-
-    runs, growth = splits(spectra.micro_datasets, protocol), train_sizes(spectra, protocol)
-    gaps = unseen_sizes(spectra, runs)
-    groups = {"runs": runs, "gaps": [gap for its in gaps for gap in its]}
-    others = ("frobenius", "whole-model", "ridge", "gda")
-    with tqdm(total=len(others) + 2, unit="predictor", disable=None) as progress:
-
-        def done(found: T) -> T:
-            progress.update()
-            return found
-
-        votes = done(in_groups(lambda together: votes_of(spectra, together), groups | growth))
-        fits = done(in_groups(lambda together: log_ridge(spectra, together), groups))
-        found = {name: done(PREDICTORS[name](spectra, runs)) for name in others}
-    found["dsire"], found["dsire-average"] = [*map(majority, votes["runs"])], [*map(average, votes["runs"])]
-    found["log-ridge"], found["log-regression"] = fits["runs"], [*map(unrounded, fits["runs"])]
-    rows = {name: judge_all(spectra, runs, found[name]) for name in PREDICTORS}
-    kinds = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in spectra.voters)]
-    for matrix in kinds if len(kinds) > 1 else []:
-        its = torch.tensor([voter.matrix == matrix for voter in spectra.voters])
-        parts = [Votes(named[its], candidates) for named, candidates in votes["runs"]]
-        rows[f"dsire {matrix}"] = judge_all(spectra, runs, map(majority, parts))
-    unseen = {
-        "dsire": map(majority, votes["gaps"]),
-        "log-ridge": fits["gaps"],
-        "log-regression": map(unrounded, fits["gaps"]),
-    }
-    tables = {
-        "compare": rows,
-        "by_train_size": {count: judge_all(spectra, its, map(majority, votes[count])) for count, its in growth.items()},
-        "by_size": by_size(spectra, rows["dsire"]),
-        "unseen_sizes": {name: judge_together(spectra, gaps, its) for name, its in unseen.items() if any(gaps)},
-    }
-    hits = [named == spectra.sizes[run.test] for (named, _), run in zip(votes["runs"], runs, strict=True)]
-    return tables, 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0)
-
-
-def by_block(spectra: Spectra, accuracies: Tensor) -> dict[str, float]:
-    """The mean accuracy of the single voters in each block of the network, and of each kind of matrix."""
-    groups: dict[str, list[float]] = {}
-    for voter, accuracy in zip(spectra.voters, accuracies.tolist(), strict=True):
-        block = re.match(r"(?:down|up)_blocks_\d+|mid_block|text_encoder(?:_2)?", voter.layer)
-        groups.setdefault(block[0] if block else "other layers", []).append(accuracy)
-        groups.setdefault(f"matrix {voter.matrix}", []).append(accuracy)
-    return {name: sum(values) / len(values) for name, values in groups.items()}
-
-
 def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]]:
     """Mean and population standard deviation of each metric over the experiments."""
     table = torch.tensor([[run.mae, run.mape, run.accuracy] for run in experiments], dtype=torch.float64)
@@ -770,162 +689,330 @@ def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]
 # How sure: what is said of labelled models that were left out, beside a new model
 
 
+NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
+REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What is said of one LoRA file.
 
     Attributes:
         file: as the user named it.
+        predictor: which one says it.
         estimate: the dataset size n.
-        votes: size -> its share of the votes.
-        alike: of the labelled models with a winning share like this one, each left out with its micro-dataset:
-            [lowest share, highest share, how many models, how many of them were right]; empty without held-out votes.
-        confidence_set: the conformal prediction set, sizes in rising order; empty without held-out votes.
+        votes: size -> its share of the votes, or the weight that a regression gives it.
+        alike: [lowest share, highest share, how many labelled models had a winning share like this one when they were
+            left out, how many of them were right]; empty where nothing can be left out.
+        confidence_set: the conformal prediction set, sizes in rising order, or of `log-regression` the ends of an
+            interval in images; empty where nothing can be left out.
+        recipe_p: the p-value of the file's being one more of the labelled kind; 1 where nothing can be left out.
+        recipe: the labelled recipe that the file is nearest to, "" if there is one only.
         stated_size: what the file says of itself, 0 if nothing.
-        warnings: what the reader has to know before believing the estimate.
+        first: what the reader has to know before the estimate; it is no estimate then, but what it would be.
+        warnings: what else is to be said.
     """
 
     file: str
+    predictor: str
     estimate: int
     votes: dict[int, float]
     alike: list[float]
     confidence_set: list[int]
+    recipe_p: float
+    recipe: str
     stated_size: int
+    first: list[str]
     warnings: list[str]
+
+    def holds(self, size: int) -> bool:
+        """Whether the confidence set, or the interval, has a size."""
+        ends = self.confidence_set
+        between = self.predictor == "log-regression" and bool(ends) and ends[0] <= size <= ends[-1]
+        return between or size in ends
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a predictor says of labelled models that were left out with their micro-dataset, and of new ones beside.
+    """What a predictor says of labelled models that were left out, unit by unit, and of new models beside.
 
     Attributes:
-        held_out: of each labelled model, by a fit without its micro-dataset.
-        turns: the shares of the new models' sizes by each of those fits: float64 [micro-datasets, new, sizes].
+        held_out: the prediction of each labelled model, by a fit without its unit.
+        true: how well its true size conforms to that, float64 [models].
+        candidates: sizes that a new model may have, int64 [sizes].
+        turns: how well each of them conforms for each new model, by each fit: float64 [units, new, sizes].
     """
 
     held_out: Prediction
+    true: Tensor
+    candidates: Tensor
     turns: Tensor
 
 
-def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor) -> tuple[Prediction, LeftOut]:
-    """The predictor's answers for new models, fitted on all labelled ones; and with each micro-dataset left out."""
+def beside(fitted: Spectra, new: Spectra) -> tuple[Spectra, Split]:
+    """Labelled and new models as one, and the split that trains on the former and asks for the latter."""
+    values, sizes = torch.cat([fitted.values, new.values], dim=1), torch.cat([fitted.sizes, new.sizes])
+    both = replace(fitted, values=values, sizes=sizes, names=[*fitted.names, *new.names], recipes=[])
+    return both, Split(torch.arange(len(fitted.sizes)), torch.arange(len(fitted.sizes), len(sizes)))
+
+
+def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor, units: Tensor) -> tuple[Prediction, LeftOut]:
+    """The predictor's answers for new models, fitted on all labelled ones; and with each unit left out in turn.
+
+    A size conforms by its share of the votes, or, for a regression, by how near its logarithm is to the answer.
+
+    Args:
+        units: the unit of each labelled model, 0 to K - 1, int64 [models]; K is at least 2.
+    """
     if predictor in (log_ridge, log_regression):
         with one_thread_each():
-            fit = LogRidge.fit(fitted, new)
-        answer, held_out = fit.prediction(fit.answers), fit.prediction(fit.held_out)
+            fit = LogRidge.fit(fitted, new, units)
+        answer, held_out, sizes = fit.prediction(fit.answers), fit.prediction(fit.held_out), fit.candidates
         if predictor is log_regression:
             answer, held_out = unrounded(answer), unrounded(held_out)
-        return answer, LeftOut(held_out, fit.prediction(fit.turns.T).shares)
-    models = len(fitted.sizes)
-    both = replace(
-        fitted,
-        values=torch.cat([fitted.values, new.values], dim=1),
-        sizes=torch.cat([fitted.sizes, new.sizes]),
-        names=[*fitted.names, *new.names],
-    )
-    last = torch.arange(models, len(both.sizes))
-    folds = [fitted.micro_datasets == number for number in range(fitted.count)] if fitted.count > 1 else []
-    runs = [split_by(~fold) for fold in folds]
-    asked = [Split(torch.arange(models), last), *(Split(run.train, torch.cat([run.test, last])) for run in runs)]
-    answer, *predictions = predictor(both, asked)
-    shares = torch.zeros(models, len(answer.candidates), dtype=torch.float64)
-    sizes, turns = torch.zeros(models, dtype=torch.int64), shares.new_zeros(len(runs), len(last), shares.shape[1])
+            low, high = math.log(max(1, int(sizes[0]) / 4)), math.log(4 * int(sizes[-1]))
+            sizes = torch.linspace(low, high, 2000, dtype=torch.float64).exp().round().long().unique()
+        turns = -(sizes.double().log() - fit.turns.T[..., None]).abs()
+        return answer, LeftOut(held_out, -(fitted.sizes.double().log() - fit.held_out).abs(), sizes, turns)
+    both, every = beside(fitted, new)
+    models, others = len(every.train), len(every.test)
+    runs = [split_by(units != unit) for unit in range(int(units.max()) + 1)]
+    asked = [Split(run.train, torch.cat([run.test, every.test])) for run in runs]
+    answer, *predictions = predictor(both, [every, *asked])
+    sizes = answer.candidates
+    shares, answers = torch.zeros(models, len(sizes), dtype=torch.float64), torch.zeros(models, dtype=torch.int64)
+    turns = shares.new_zeros(len(runs), others, len(sizes))
     for run, prediction, turn in zip(runs, predictions, turns, strict=True):
-        known = torch.isin(answer.candidates, prediction.candidates)  # a size may be in one micro-dataset only
-        shares[run.test.unsqueeze(1), known.nonzero().T] = prediction.shares[: len(run.test)]
-        turn[:, known] = prediction.shares[len(run.test) :]
-        sizes[run.test] = prediction.sizes[: len(run.test)]
-    return answer, LeftOut(Prediction(sizes, answer.candidates, shares), turns)
+        known = torch.isin(sizes, prediction.candidates)  # a size may be in one unit only
+        shares[run.test[:, None], known.nonzero().T] = prediction.shares[:-others]
+        turn[:, known] = prediction.shares[-others:]
+        answers[run.test] = prediction.sizes[:-others]
+    true = shares.gather(1, torch.searchsorted(sizes, fitted.sizes)[:, None]).flatten()
+    return answer, LeftOut(Prediction(answers, sizes, shares), true, sizes, turns)
 
 
-def conformal_p(fitted: Spectra, left_out: LeftOut) -> Tensor:
-    """The conformal p-value of each size for each new model, float64 [new, sizes].
+def conformal_p(sizes: Tensor, units: Tensor, left_out: LeftOut) -> Tensor:
+    """The conformal p-value of each candidate size for each new model, float64 [new, candidates].
 
-    The prediction set is cross-conformal over micro-datasets (Vovk 2015; with micro-datasets, not models, as the
-    exchangeable units: Lee, Barber and Willett 2023). A size's nonconformity is 1 - its share of the votes. With the
-    K micro-datasets left out in turn, s_i the score of the true size of model i in the one left out, and s_k(n) the
-    new model's score of size n at that turn,
-        p(n) = (1 + sum over k of the mean over its models i of [s_i >= s_k(n)]) / (K + 1),
-    and the set holds the sizes with p(n) > 1 - confidence.
+    Cross-conformal (Vovk 2015) over units, here micro-datasets, as what is exchangeable (Lee, Barber and Willett 2023),
+    and label-conditional: a size n is compared with the left-out models of size n alone (of the nearest labelled size,
+    for an n that is none). With s_i how well the true size of model i conforms when its unit k is left out, s_k(n) how
+    well n conforms for the new model at that turn, and K_n the number of units that have a model of size n,
+        p(n) = (1 + sum over those units of the mean over their models i of size n of [s_i <= s_k(n)]) / (K_n + 1).
+    The set of sizes with p(n) > 1 - confidence then holds the true size with that confidence, for every size alike; the
+    proof (of Barber et al. 2021, for each size) gives 1 - 2 (1 - confidence).
+
+    Args:
+        sizes: of the labelled models, int64 [models].
+        units: the unit of each, int64 [models].
     """
-    place = torch.searchsorted(left_out.held_out.candidates, fitted.sizes)[:, None]
-    true = left_out.held_out.shares.gather(1, place).flatten()
-    stranger = [
-        (true[fitted.micro_datasets == number] <= turn[..., None]).double().mean(-1)  # s_i >= s_k(n)
-        for number, turn in enumerate(left_out.turns)
-    ]
-    return (1 + torch.stack(stranger).sum(0)) / (fitted.count + 1)
+    labelled = sizes.unique()
+    compared_with: Tensor = (left_out.candidates.double().log()[:, None] - labelled.double().log()).abs().argmin(1)
+    p = torch.ones(left_out.turns.shape[1:], dtype=torch.float64)
+    for number, size in enumerate(labelled):
+        models, columns = (sizes == size).nonzero().flatten(), compared_with == number
+        _, its_unit, models_of_unit = units[models].unique(return_inverse=True, return_counts=True)
+        strange = left_out.true[models, None, None] <= left_out.turns[units[models]][:, :, columns]
+        weights = (1 / models_of_unit.double())[its_unit]
+        p[:, columns] = (1 + torch.einsum("m,mnc->nc", weights, strange.double())) / (len(models_of_unit) + 1)
+    return p
 
 
-def models_alike(share: float, held_out: Prediction, sizes: Tensor) -> list[float]:
-    """The tenth of the held-out models (10 at least) whose winning share is nearest: lowest, highest, models, right."""
-    shares = held_out.shares.max(-1).values
-    alike = (shares - share).abs().argsort(stable=True)[: max(10, len(shares) // 10)]
-    right = (held_out.sizes == sizes)[alike]
-    return [float(shares[alike].min()), float(shares[alike].max()), len(alike), int(right.sum())]
+def models_alike(share: float, shares: Tensor, right: Tensor) -> list[float]:
+    """The left-out models whose winning share is like this one: lowest, highest, how many, how many of them right.
+
+    They are the nearest tenth (ten at least, and all that are as near), if they are within 0.1.
+
+    Args:
+        shares: the winning share of each left-out model, float64 [models].
+        right: whether it was right, bool [models].
+    """
+    far = (shares - share).abs()
+    tenth = min(len(far), max(10, len(far) // 10))
+    alike = far <= min(float(far.sort().values[tenth - 1]), 0.1) + 1e-12
+    if not alike.any():
+        return [share, share, 0, 0]
+    return [float(shares[alike].min()), float(shares[alike].max()), int(alike.sum()), int(right[alike].sum())]
 
 
-def estimates(fitted: Spectra, files: list[Spectra], predictor: Predictor, confidence: float) -> list[Estimate]:
-    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving micro-datasets out.
+def log_norms(spectra: Spectra) -> Tensor:
+    """The logarithm of the Frobenius norm of each model's matrices, float64 [models, voters], on the CPU."""
+    norms: Tensor = torch.linalg.vector_norm(spectra.values, dim=-1).T.cpu()
+    return norms.clamp_min(torch.finfo(torch.float64).tiny).log()
+
+
+class Check(NamedTuple):
+    """How far new models are from all labelled recipes and sizes.
+
+    Attributes:
+        p: the p-value of a new model's being one more of the labelled, float64 [new].
+        of_matrix: the same by its "A", "B" or "BA" alone, not corrected for there being three: float64 [new, matrices].
+        nearest: a labelled model of the nearest recipe and size, int64 [new].
+    """
+
+    p: Tensor
+    of_matrix: Tensor
+    nearest: Tensor
+
+
+def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
+    """Whether new models can be of a labelled recipe and size, each kind of matrix looked at alone."""
+    known, asked = log_norms(fitted), log_norms(new)
+    groups = torch.stack([fitted.of_recipe, fitted.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
+    kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
+    kinds = [kind for kind in kinds if kind.any()]
+    of_held_out = torch.zeros(len(known), len(kinds), dtype=torch.float64)
+    at_least = torch.zeros(len(asked), len(kinds), dtype=torch.float64)
+    for unit in range(int(units.max()) + 1):
+        out = units == unit
+        far = distances_to_groups(known[~out], groups[~out], torch.cat([known[out], asked]), kinds).min(1).values
+        of_held_out[out], of_new = far[: int(out.sum())], far[int(out.sum()) :]
+        at_least += (of_held_out[out] >= of_new[:, None]).sum(1)
+    models = len(known)
+    of_matrix = (1 + at_least) / (models + 1)
+    # the least of the three, compared with the least of each left-out model's
+    least = (of_held_out[None] >= of_held_out[:, None]).double().mean(1).amin(-1)
+    p = (1 + (least <= of_matrix.amin(-1, keepdim=True)).sum(1)) / (models + 1)
+    whole = distances_to_groups(known, groups, asked, kinds).sum(-1).argmin(1)
+    return Check(p, of_matrix, torch.stack([(groups == group).nonzero()[0, 0] for group in whole]))
+
+
+def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> Tensor:
+    """Mean squared z-scores of log norms [models, voters] about the mean of each group: [asked, groups, kinds]."""
+    count = int(groups.max()) + 1
+    members = torch.nn.functional.one_hot(groups, count).double()
+    sizes = members.sum(0)
+    means = members.T @ known / sizes.clamp_min(1)[:, None]
+    squares = (known - means[groups]).square()
+    pooled = squares.mean(0)
+    own = members.T @ squares / sizes.clamp_min(1)[:, None]
+    spread = (own + pooled) / 2
+    z = (asked[:, None] - means).square() / spread.clamp_min(1e-12)
+    far = torch.stack([z[..., kind].mean(-1) for kind in kinds], dim=-1)
+    return far.masked_fill((sizes == 0)[None, :, None], math.inf)
+
+
+def what_is_beyond(fitted: Spectra, new: Spectra) -> list[str]:
+    """For each new model, in words, the kinds of matrix whose norms are beyond all labelled models', or ""."""
+    known, asked = log_norms(fitted), log_norms(new)
+    above, below = asked - known.amax(0), known.amin(0) - asked
+    said = []
+    for larger, smaller in zip(above, below, strict=True):
+        parts, within = [], []
+        for matrix in MATRICES:
+            rows = [row for row, voter in enumerate(fitted.voters) if voter.matrix == matrix]
+            if not rows:
+                continue
+            beyond = torch.maximum(larger, smaller)[rows]
+            usual, most = float(beyond.median()), int(beyond.argmax())
+            if usual > 0.05 or float(beyond[most]) > 3:
+                row = rows[most]
+                where = matrix if usual > 0.05 else f"{matrix} of {fitted.voters[row].layer}"
+                factor = math.exp(min(usual if usual > 0.05 else float(beyond[most]), 690))
+                large = float(larger[rows].median() if usual > 0.05 else larger[row]) > 0
+                times = f"{factor:.3g} times as {'large' if large else 'small'}"
+                parts.append(f"{where} is {times} as any labelled model's")
+            else:
+                within.append(matrix)
+        other = " and ".join(within) + (" are" if len(within) > 1 else " is") + " not" if within and parts else ""
+        alpha = ": another alpha?" if within and "BA" not in within else ""
+        said.append(", ".join(filter(None, ["; ".join(parts), other])) + alpha if parts else "")
+    return said
+
+
+def this_very_model(fitted: Spectra, values: Tensor) -> int | None:
+    """The first labelled model whose spectra are a new one's [voters, r], each to a millionth of its norm."""
+    far = torch.linalg.vector_norm(fitted.values - values[:, None], dim=-1)
+    same = (far <= 1e-6 * torch.linalg.vector_norm(fitted.values, dim=-1)).all(0).nonzero()
+    return int(same[0]) if len(same) else None
+
+
+def estimates(
+    fitted: Spectra, files: list[Spectra], predictor: str, confidence: float, units: Tensor | None = None
+) -> list[Estimate]:
+    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving units out.
 
     Args:
         fitted: the labelled models.
         files: the new models, one each, with the same voters.
-        predictor: one of the predictors above.
+        predictor: the name of one of PREDICTORS.
         confidence: the share of new models whose true size the set shall hold, between 0 and 1.
+        units: what is left out at a time, int64 [models]; by default micro-datasets.
     """
+    units = fitted.micro_datasets if units is None else units
     values = torch.cat([file.values for file in files], dim=1).to(fitted.values.device)
-    names, stated = [file.names[0] for file in files], torch.cat([file.sizes for file in files])
-    new = replace(files[0], values=values, names=names, sizes=stated)
-    answer, left_out = leave_out(fitted, new, predictor)
-    several = fitted.count > 1
-    p = conformal_p(fitted, left_out) if several else torch.zeros_like(answer.shares)
-    warnings = what_is_unlike(fitted, new)
+    names, stated = [str(file.names[0]) for file in files], torch.cat([file.sizes for file in files])
+    new = replace(files[0], values=values, names=names, sizes=stated, recipes=[])
+    several, regression = int(units.max()) > 0, predictor == "log-regression"
+    if several:
+        answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
+        p, check = conformal_p(fitted.sizes, units, left_out), check_recipe(fitted, new, units)
+        right, sure = (
+            right_when_left_out(fitted.sizes, left_out, predictor, confidence),
+            left_out.held_out.shares.amax(1),
+        )
+    else:
+        both, every = beside(fitted, new)
+        (answer,) = PREDICTORS[predictor](both, [every])
+    beyond = what_is_beyond(fitted, new)
     found = []
     for row, file in enumerate(files):
-        size, its_stated = int(answer.sizes[row]), int(stated[row])
-        said = [*file.notes, *warnings[row]]
-        if its_stated and its_stated != size:
-            said.append(f"the estimate disagrees with the size that the file states, {its_stated}")
-        members = answer.candidates[p[row] > 1 - confidence + 1e-9].tolist()
-        votes = dict(zip(answer.candidates.tolist(), answer.shares[row].tolist(), strict=True))
-        alike = models_alike(max(votes.values()), left_out.held_out, fitted.sizes) if several else []
-        found.append(Estimate(str(names[row]), size, votes, alike, members, its_stated, said))
+        shares = answer.shares[row].tolist()
+        one = Estimate(
+            names[row],
+            predictor,
+            int(answer.sizes[row]),
+            dict(zip(answer.candidates.tolist(), shares, strict=True)),
+            *([], [], 1.0, "", int(stated[row]), [], list(file.notes)),
+        )
+        same = this_very_model(fitted, new.values[:, row])
+        if same is not None:
+            label = f"{shown(fitted.names[same])} of {counted(int(fitted.sizes[same]), 'image')}"
+            one.warnings.insert(0, f"this very model is among the labelled ones: {label}")
+        if not several:
+            one.warnings.append("one micro-dataset only: how sure the estimate is can't be told")
+        else:
+            members = left_out.candidates[p[row] > 1 - confidence + 1e-9].tolist()
+            one = replace(
+                one,
+                alike=models_alike(max(shares), sure, right),
+                confidence_set=[members[0], members[-1]] if regression and members else members,
+                recipe_p=float(check.p[row]),
+                recipe=fitted.recipes[int(check.nearest[row])] if fitted.of_recipe.any() else "",
+            )
+            if one.confidence_set and not one.holds(one.estimate):
+                one.warnings.append("the set does not hold the estimate: trust the set")
+        if fitted.recipes_stated and file.recipes and file.recipes[0] not in fitted.recipes:
+            one.first.append(f"states a recipe that no labelled model has: {file.recipes[0]}")
+        if one.recipe_p <= NOT_COMPARABLE and same is None:
+            one.first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
+            one.first.extend(filter(None, [beyond[row]]))
+        if one.stated_size and one.stated_size != one.estimate:
+            one.warnings.append(f"the estimate disagrees with the size that the file states, {one.stated_size}")
+        found.append(one)
     return found
 
 
-def what_is_unlike(fitted: Spectra, new: Spectra) -> list[list[str]]:
-    """For each new model, warnings if it is far from all labelled models, or is one of them.
+def right_when_left_out(sizes: Tensor, left_out: LeftOut, predictor: str, confidence: float) -> Tensor:
+    """Whether each labelled model's prediction was right when it was left out, bool [models].
 
-    A model's distance is the median over the voters of its distance to the nearest model, in units of the voter's
-    median for left-out models.
+    For `log-regression`, whose answers are numbers of images, right is what the interval would have held.
     """
-    models = len(fitted.sizes)
-    values = torch.cat([fitted.values, new.values], dim=1)
-    last = torch.arange(models, values.shape[1])
-    folds = [split_by(fitted.micro_datasets != number) for number in range(fitted.count)] if fitted.count > 1 else []
-    runs = [Split(torch.arange(models), last), *folds]
-    of_new, *of_folds = [
-        torch.linalg.vector_norm(values[:, run.test] - values[torch.arange(len(values))[:, None], index], dim=-1).cpu()
-        for run, index in zip(runs, nearest(values, runs), strict=True)
-    ]
-    rounding = 1e-9 * torch.linalg.vector_norm(new.values, dim=-1).cpu()
-    said: list[list[str]] = [
-        ["this very model is among the labelled ones"] if same else [] for same in (of_new <= rounding).all(0).tolist()
-    ]
-    if not folds:
-        return [[*its, "one micro-dataset only: how sure the estimate is can't be told"] for its in said]
-    held_out = torch.cat(of_folds, dim=1)
-    unit = held_out.median(1, keepdim=True).values.clamp_min(torch.finfo(torch.float64).tiny)
-    limit = float((held_out / unit).median(0).values.max())
-    for its, strangeness in zip(said, (of_new / unit).median(0).values.tolist(), strict=True):
-        if strangeness > limit:
-            times = f" ({strangeness / limit:.1f} times as far as the farthest left-out one)" if limit else ""
-            its.append(
-                f"unlike every labelled model{times}: another recipe or base model, most likely, "
-                "and the estimate is not to be trusted"
-            )
-    return said
+    if predictor != "log-regression":
+        return left_out.held_out.sizes == sizes
+    stranger = (left_out.true[None] <= left_out.true[:, None]) & (sizes[None] == sizes[:, None])
+    return stranger.sum(1) / (sizes[None] == sizes[:, None]).sum(1) > 1 - confidence
+
+
+def what_can_be_supported(sizes: Tensor, units: Tensor, confidence: float, unit: str) -> list[str]:
+    """A note if some size is in so few units that no set can leave it out."""
+    counts = {int(size): len(units[sizes == size].unique()) for size in sizes.unique()}
+    size, least = min(counts.items(), key=lambda item: item[1])
+    needed = math.ceil(1 / (1 - confidence) - 1 - 1e-9)
+    if least >= needed:
+        return []
+    most = f"{counted(least, unit)} with size {size} can support no more than {least / (least + 1):.0%}"
+    return [f"{most}, so every set holds such sizes: label {needed} or more for {percent(confidence)}"]
 
 
 SD_OF_WIDTH = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of the text that cross-attention looks at
@@ -999,6 +1086,177 @@ def kind_of_model(shapes: dict[str, list[int]]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Everything compared, on the splits of the protocol
+
+
+def in_groups(predict: Callable[[list[Split]], list[T]], groups: dict[str, list[Split]]) -> dict[str, list[T]]:
+    """What is predicted of the splits of each group, all in one call, in which they share their distances."""
+    answers = iter(predict([split for its in groups.values() for split in its]))
+    return {name: [next(answers) for _ in its] for name, its in groups.items()}
+
+
+def train_sizes(spectra: Spectra, protocol: Protocol) -> dict[str, list[Split]]:
+    """The protocol's splits with fewer micro-datasets to train on, up to as many as it says (Figure 5)."""
+    counts = sorted({n for n in (1, 2, 3, 5, 10) if n < protocol.train_size} | {protocol.train_size})
+    return {str(n): splits(spectra.micro_datasets, protocol._replace(train_size=n)) for n in counts}
+
+
+def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> dict[str, list[Experiment]]:
+    """The metrics by the number of micro-datasets to train on."""
+    groups = train_sizes(spectra, protocol)
+    if predictor is gda:  # a discriminant analysis needs more models than sizes
+        groups.pop("1", None)
+    predictions = in_groups(lambda together: predictor(spectra, together), groups)
+    return {name: judge_all(spectra, its, predictions[name]) for name, its in groups.items()}
+
+
+def by_size(spectra: Spectra, experiments: list[Experiment]) -> dict[str, list[Experiment]]:
+    """The metrics of the test models of each dataset size."""
+    rows: dict[str, list[Experiment]] = {}
+    for size in spectra.sizes.unique().tolist():
+        for run in experiments:
+            chosen = spectra.sizes[run.test] == size
+            if chosen.any():
+                its = replace(run.prediction, sizes=run.prediction.sizes[chosen], shares=run.prediction.shares[chosen])
+                rows.setdefault(str(size), []).append(judge(spectra, run.test[chosen], its))
+    return rows
+
+
+def unseen_sizes(spectra: Spectra, runs: list[Split]) -> list[list[Split]]:
+    """For each split, one for each size between two others: to be told from training models of all other sizes.
+
+    A classifier's best answer is a neighbouring size; a regression can name the size itself.
+    """
+    between = spectra.sizes.unique()[1:-1].tolist()
+    gaps = [
+        [
+            Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
+            for size in between
+        ]
+        for run in runs
+    ]
+    return [[gap for gap in its if len(gap.train) and len(gap.test)] for its in gaps]
+
+
+def judge_together(spectra: Spectra, gaps: list[list[Split]], predictions: Iterable[Prediction]) -> list[Experiment]:
+    """An experiment for each list of splits, whose predictions are judged as one."""
+    left, none = iter(predictions), torch.zeros(0, dtype=torch.int64)
+    found = []
+    for its in filter(None, gaps):
+        test, sizes = torch.cat([gap.test for gap in its]), torch.cat([next(left).sizes for _ in its])
+        found.append(judge(spectra, test, Prediction(sizes, none, none.double())))
+    return found
+
+
+def by_block(spectra: Spectra, accuracies: Tensor) -> dict[str, float]:
+    """The mean accuracy of the single voters in each block of the network, and of each kind of matrix."""
+    groups: dict[str, list[float]] = {}
+    for voter, accuracy in zip(spectra.voters, accuracies.tolist(), strict=True):
+        block = re.match(r"(?:down|up)_blocks_\d+|mid_block|text_encoder(?:_2)?", voter.layer)
+        groups.setdefault(block[0] if block else "other layers", []).append(accuracy)
+        groups.setdefault(f"matrix {voter.matrix}", []).append(accuracy)
+    return {name: sum(values) / len(values) for name, values in groups.items()}
+
+
+def how_sure(spectra: Spectra, split: Split, predictor: Predictor) -> Tensor:
+    """What the estimates of a split's test models would be worth, fitted on its training models: float64 [test, 4].
+
+    The columns: by how many images they err; whether the 90 % set holds the true size; how many sizes it has; and
+    whether the model is said not to be comparable.
+    """
+    fitted, new = spectra.of_models(split.train), spectra.of_models(split.test)
+    units = fitted.micro_datasets
+    answer, left_out = leave_out(fitted, new, predictor, units)
+    members = conformal_p(fitted.sizes, units, left_out) > 0.1 + 1e-9
+    held = (members & (left_out.candidates == new.sizes[:, None])).any(1)
+    flagged = check_recipe(fitted, new, units).p <= NOT_COMPARABLE
+    return torch.stack([(answer.sizes - new.sizes).abs(), held, members.sum(1), flagged], dim=1).double()
+
+
+def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
+    """`how_sure` log-ridge is of each recipe's test models, mean over runs, by which recipes are labelled.
+
+    Returns:
+        "seen": all recipes are labelled, [recipes, 4]; "unseen": all but the one that is asked, [recipes, 4]; "pairs":
+        one recipe alone, [recipes labelled, recipes asked, 4].
+    """
+    numbers = range(int(spectra.of_recipe.max()) + 1)
+
+    def asked(run: Split, labelled: Tensor) -> Tensor:
+        """[recipes, 4] with these training models, a mask, of those that the run has."""
+        found = how_sure(spectra, Split(run.train[labelled[run.train]], run.test), log_ridge)
+        return torch.stack([found[spectra.of_recipe[run.test] == number].mean(0) for number in numbers])
+
+    its = [spectra.of_recipe == number for number in numbers]
+    every = torch.ones_like(its[0])
+    return {
+        "seen": torch.stack([asked(run, every) for run in runs]).mean(0),
+        "unseen": torch.stack([torch.stack([asked(run, ~its[n])[n] for n in numbers]) for run in runs]).mean(0),
+        "pairs": torch.stack([torch.stack([asked(run, its[n]) for n in numbers]) for run in runs]).mean(0),
+    }
+
+
+class Comparison(NamedTuple):
+    """All that `--compare` finds, on the same splits.
+
+    Attributes:
+        tables: title -> row -> experiments; the first table, "compare", has all predictors and kinds of matrices.
+        accuracies: of each voter alone, in %, mean over the experiments: float64 [voters].
+        sure: predictor -> `how_sure` of each split.
+        recipes: `by_recipe`; empty where there is one recipe.
+    """
+
+    tables: dict[str, dict[str, list[Experiment]]]
+    accuracies: Tensor
+    sure: dict[str, list[Tensor]]
+    recipes: dict[str, Tensor]
+
+
+def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
+    """Every predictor and kind of matrix (Tables 2, 5 and 9), by size, training micro-datasets, voter and recipe."""
+    from tqdm import tqdm
+
+    runs, growth = splits(spectra.micro_datasets, protocol), train_sizes(spectra, protocol)
+    gaps = unseen_sizes(spectra, runs)
+    groups = {"runs": runs, "gaps": [gap for its in gaps for gap in its]}
+    others = ("frobenius", "whole-model", "ridge", "gda")
+    with tqdm(total=len(others) + 5, unit="predictor", disable=None) as progress:
+
+        def done(found: T) -> T:
+            progress.update()
+            return found
+
+        votes = done(in_groups(lambda together: votes_of(spectra, together), groups | growth))
+        fits = done(in_groups(lambda together: log_ridge(spectra, together), groups))
+        found = {name: done(PREDICTORS[name](spectra, runs)) for name in others}
+        sure = {
+            name: done([how_sure(spectra, run, PREDICTORS[name]) for run in runs]) for name in ("dsire", "log-ridge")
+        }
+        recipes = done(by_recipe(spectra, runs) if spectra.of_recipe.any() else {})
+    found["dsire"], found["dsire-average"] = [*map(majority, votes["runs"])], [*map(average, votes["runs"])]
+    found["log-ridge"], found["log-regression"] = fits["runs"], [*map(unrounded, fits["runs"])]
+    rows = {name: judge_all(spectra, runs, found[name]) for name in PREDICTORS}
+    kinds = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in spectra.voters)]
+    for matrix in kinds if len(kinds) > 1 else []:
+        its = torch.tensor([voter.matrix == matrix for voter in spectra.voters])
+        parts = [Votes(named[its], candidates) for named, candidates in votes["runs"]]
+        rows[f"dsire {matrix}"] = judge_all(spectra, runs, map(majority, parts))
+    unseen = {
+        "dsire": map(majority, votes["gaps"]),
+        "log-ridge": fits["gaps"],
+        "log-regression": map(unrounded, fits["gaps"]),
+    }
+    tables = {
+        "compare": rows,
+        "by_train_size": {count: judge_all(spectra, its, map(majority, votes[count])) for count, its in growth.items()},
+        "by_size": by_size(spectra, rows["dsire"]),
+        "unseen_sizes": {name: judge_together(spectra, gaps, its) for name, its in unseen.items() if any(gaps)},
+    }
+    hits = [named == spectra.sizes[run.test] for (named, _), run in zip(votes["runs"], runs, strict=True)]
+    return Comparison(tables, 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0), sure, recipes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The names of LoRA matrices, whoever wrote them
 
 # What stands after a layer's path. LoRA-WiSE and old diffusers: .lora.down.weight and .processor.to_q_lora.down.weight;
@@ -1008,7 +1266,7 @@ MATRIX_KEY = re.compile(
     r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?(?P<stream>[12]?)[._](?P<word>down|up|mid)(?:\.weight)?"
     r"|:(?P<numbered>down|up)"
     r"|\.lora_(?:embedding_)?(?P<letter>[ABab])(?:\.(?!weight|bias)[^.]+)?(?:\.weight)?"
-    r"|\.(?P<alpha>(?:lora_)?alpha)"
+    r"|\.(?P<alpha>alpha)"
     r"|\.(?P<magnitude>(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.[^.]+)*|m))"
 )
 MATRIX_OF_WORD = {"down": "A", "up": "B", "mid": "mid"}
@@ -1094,13 +1352,14 @@ def ldm_in_diffusers(name: str) -> str:
     return f"{place}_{'attentions' if part == '1' else 'resnets'}_{index}_{LDM_RESNET.get(inner, inner)}"
 
 
-def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; and the other keys.
 
-    A layer with one of A and B only is no layer: its keys are among the others.
+    Args:
+        strays: whether layers with one of A and B only, fewer than the whole ones, may be among the other keys.
 
     Raises:
-        DsireError: another method than LoRA, the same matrix twice, no layer, or fewer whole ones than others.
+        DsireError: another method than LoRA, the same matrix twice, a layer with one of A and B only, or no layer.
     """
     found: dict[str, dict[str, str]] = {}
     others = []
@@ -1124,7 +1383,7 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
         pair[matrix] = key
     layers = {layer: pair for layer, pair in found.items() if {"A", "B"} <= pair.keys()}
     partial = [pair for layer, pair in found.items() if layer not in layers]
-    if len(partial) > len(layers):
+    if len(partial) > (len(layers) if strays else 0):
         lone = next(iter(partial[0].values()))
         lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B"
         raise DsireError(f"{file}: {shown(lone)} has no partner: the layer's {lacking} is missing")
@@ -1132,7 +1391,8 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
     if not layers:
         kind = "it is " + ("a full checkpoint, not a LoRA" if others else "empty")
         kind = f"the layout of {shown(of_lora[0])} is not known here" if of_lora else kind
-        raise DsireError(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
+        no_lora = DsireError if of_lora else NoLora
+        raise no_lora(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
     unknown = [key for key in of_lora if ".lora_" in key and len(key) <= 1000]
     if unknown:  # what comes next: it may stand between A and B
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
@@ -1153,7 +1413,7 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     """The lists of one column as a batch [models, numbers of a matrix], float64; lists of lists are flattened.
 
     Raises:
-        DsireError: not lists of floating point numbers, nulls, lengths that differ or that the rank does not divide.
+        DsireError: not lists of floating point numbers, nulls, lengths that differ or that do not fit the rank.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -1161,51 +1421,84 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     kinds = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     length, nulls = 1, 0
+    shape: list[int] = []  # several numbers where the column's type tells the shape of the matrix
     while isinstance(values, pa.ExtensionArray) or isinstance(values.type, kinds):
         if isinstance(values, pa.ExtensionArray):
+            shape += getattr(values.type, "shape", ())
             values = values.storage
             continue
         nulls += values.null_count
         bounds = pc.min_max(pc.list_value_length(values)).as_py()
         if bounds["min"] != bounds["max"]:
             raise different_lengths(file, name, length * bounds["min"], length * bounds["max"])
-        length, values = length * bounds["max"] if bounds["max"] else 0, values.flatten()
-    if not isinstance(column.type, (*kinds, pa.BaseExtensionType)) or not pa.types.is_floating(values.type):
+        shape.append(bounds["max"] or 0)
+        length, values = length * shape[-1], values.flatten()
+    alpha = name.endswith(".alpha")  # also a whole number, and not in a list
+    real = pa.types.is_floating(values.type) or (alpha and pa.types.is_integer(values.type))
+    if not real or not (alpha or isinstance(column.type, (*kinds, pa.BaseExtensionType))):
         raise DsireError(f"{file}: column {shown(name)} holds {column.type}, not lists of floating point numbers")
     if nulls + values.null_count:
         raise DsireError(f"{file}: column {shown(name)} has {nulls + values.null_count} nulls: a matrix is missing")
-    if length == 0 or length % rank:
+    if alpha and length != 1:
+        raise DsireError(f"{file}: column {shown(name)} has {length} numbers a row; alpha is one")
+    if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
+        its = " x ".join(map(str, shape)) if len(shape) > 1 else length
         raise DsireError(
-            f"{file}: column {shown(name)} has {length} numbers a row, which --rank={rank} does not divide"
+            f"{file}: column {shown(name)} has {its} numbers a row, which does not fit rank {rank}: give another --rank"
         )
     numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
     return numbers.to(torch.float64).view(-1, length)
 
 
-def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any]]:
-    """The columns `label` (size n) and `name` (micro-dataset) of a shard.
+def dataset_size(label: Any) -> int:
+    """The number of images that a label says, as a number of any kind or in digits; 0 if it says none from 1 up."""
+    if isinstance(label, str) and re.fullmatch(r"\s*[0-9]{1,16}(\.0*)?\s*", label):
+        label = Decimal(label.strip())
+    number = isinstance(label, (int, float, Decimal)) and not isinstance(label, bool)
+    return int(label) if number and 1 <= label < 2**53 and label == int(label) else 0
+
+
+def class_names(schema: Any, column: str) -> list[str]:
+    """What the numbers of a column stand for, if `datasets` wrote it as a ClassLabel, or []."""
+    try:
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [str(name) for name in names]
+
+
+LABELS = ("label", "name", "recipe")  # the columns about a model
+
+
+def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any], list[str]]:
+    """The columns `label` (size n), `name` (micro-dataset) and, where there is one, `recipe` of a shard.
+
+    Of a ClassLabel they are the names of its classes.
 
     Raises:
         DsireError: a column is missing, has nulls, or does not hold sizes from 1 up and names.
     """
-    import pyarrow as pa
-
     missing = {"label", "name"} - set(table.column_names)
-    if len(table.column_names) > 2:
-        raise DsireError(f"{file}: there are two columns `label`, or two `name`; there must be one of each")
+    if len(table.column_names) > len(set(table.column_names)):
+        raise DsireError(f"{file}: there are two columns `label`, `name` or `recipe`; there must be one of each")
     if missing:
         raise DsireError(f"{file}: column {' and '.join(sorted(missing))} is missing; there must be `label` and `name`")
-    labels, names = table.column("label"), table.column("name")
-    if labels.null_count or names.null_count:
-        raise DsireError(f"{file}: `label` or `name` has nulls; every model needs its size and micro-dataset")
-    kind = names.type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DsireError(f"{file}: column name holds {kind}; it must hold strings or integers")
-    sizes = labels.to_pylist()
-    wrong = [n for n in sizes if type(n) not in (int, float) or not 1 <= n < 2**53 or n != int(n)]
+    found: dict[str, list[Any]] = {}
+    for column in table.column_names:
+        found[column], classes = table.column(column).to_pylist(), class_names(table.schema, column)
+        if None in found[column]:
+            raise DsireError(f"{file}: column {column} has nulls; every model needs its size and micro-dataset")
+        if classes and not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
+            raise DsireError(f"{file}: column {column} has numbers that are none of its {len(classes)} classes")
+        found[column] = [classes[number] for number in found[column]] if classes else found[column]
+    if not {type(name) for name in found["name"]} <= {int, str}:
+        raise DsireError(f"{file}: column name holds {table.column('name').type}; it must hold strings or integers")
+    wrong = [label for label in found["label"] if not dataset_size(label)]
     if wrong:
-        raise DsireError(f"{file}: column label holds {wrong[0]!r}; a dataset size is a whole number from 1 up")
-    return torch.tensor(sizes, dtype=torch.int64), names.to_pylist()
+        label = repr(wrong[0]) if isinstance(wrong[0], (int, float, str)) else shown(wrong[0])
+        raise DsireError(f"{file}: column label holds {shown(label)}; a dataset size is a whole number from 1 up")
+    sizes = torch.tensor([dataset_size(label) for label in found["label"]], dtype=torch.int64)
+    return sizes, found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
 
 @contextmanager
@@ -1215,6 +1508,8 @@ def parquet_errors(path: Path) -> Iterator[None]:
         yield
     except DsireError:
         raise
+    except NotImplementedError as error:  # polars writes integers of 128 bits
+        raise DsireError(f"{path} holds what pyarrow can't read ({shown(error)}): write it with other types") from error
     except Exception as error:
         raise DsireError(f"{path} is not a whole parquet file ({shown(error)}): delete it and fetch it anew") from error
 
@@ -1234,8 +1529,8 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             metadata, columns = file.metadata, file.schema_arrow.names
             if not metadata.num_rows:
                 raise DsireError(f"{path}: no rows; delete the file or fetch it anew")
-            labels = file.read([name for name in ("label", "name") if name in columns])
-        sizes, names = model_labels(labels, path.name)
+            labels = file.read([name for name in LABELS if name in columns])
+        sizes, names, recipes = model_labels(labels, path.name)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others = lora_layers(columns, path.name)
 
@@ -1247,11 +1542,14 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         largest = max(its.column(i).total_uncompressed_size for its in groups for i in range(its.num_columns))
         at_once = max(1, BYTES_AT_ONCE // (2 * largest))
         spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
-    unused = sorted(set(others) - {"label", "name"})
+    unused = sorted(set(others) - {*LABELS})
     notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
+    if any("magnitude" in pair for pair in layers.values()):
+        notes.append("DoRA: the magnitude vectors are set aside, only A and B are judged")
     order = voters_of(layers)
     values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
-    return Spectra(values, sizes, names, order, {layer: shape for layer, (_, shape) in spectra.items()}, notes)
+    shapes = {layer: shape for layer, (_, shape) in spectra.items()}
+    return Spectra(values, sizes, names, order, shapes, notes, recipes)
 
 
 def pair_spectra(
@@ -1260,12 +1558,13 @@ def pair_spectra(
     """The spectra of one layer in an open parquet file, [3, models, r], and its shape [out, in, rank].
 
     Args:
-        pair: the columns of "A" and "B".
+        pair: the columns of "A" and "B", and perhaps of LoCon's "mid", of "alpha" and of DoRA's "magnitude".
         models: what the file's models are called in a message.
         shard: what the file is called in a message.
     """
     found: list[Tensor] = []
     lengths: dict[str, int] = {}
+    pair = {matrix: name for matrix, name in pair.items() if matrix != "magnitude"}
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=list(pair.values()), use_threads=False)
         if not len(table):
@@ -1276,12 +1575,23 @@ def pair_spectra(
             if lengths.setdefault(matrix, here) != here:
                 raise different_lengths(shard, name, lengths[matrix], here)
         a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
+        if "mid" in flat:  # as in lora_matrices
+            if lengths["mid"] % rank**2:
+                raise DsireError(
+                    f"{shard}: column {shown(pair['mid'])} has {lengths['mid']} numbers a row, not r x r x k"
+                )
+            a = torch.einsum("nijk,njm->nimk", flat["mid"].view(len(table), rank, rank, -1), a).flatten(2)
         try:
-            found.append(batch_spectra(a, b, device))
+            spectra = batch_spectra(a, b, device)
+            if "alpha" in flat:
+                spectra[2] *= flat["alpha"].abs() / rank
+            if not spectra.isfinite().all():
+                raise FloatingPointError
+            found.append(spectra)
         except FloatingPointError:
             its_models = models[sum(its.shape[1] for its in found) :]
             raise DsireError(f"{shard}: {what_is_not_finite(flat, pair, its_models)}") from None
-    return torch.cat(found, dim=1), [lengths["B"] // rank, lengths["A"] // rank, rank]
+    return torch.cat(found, dim=1), [b.shape[1], a.shape[2], rank]
 
 
 def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: list[str]) -> str:
@@ -1316,6 +1626,9 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
                     f"{file}: layer {layer} has [out, in, rank] {shape}, and in {files[0]} {first.shapes[layer]}"
                 )
     names = [name for shard in shards for name in shard.names]
+    recipes = [recipe for shard in shards for recipe in shard.recipes]
+    if len(recipes) not in (0, len(names)):
+        raise DsireError(f"some shards have a column `recipe`, and others none: {', '.join(files[:3])}")
     if len({type(name) for name in names}) > 1:  # integers in one shard, strings in another
         names = [str(name) for name in names]
     return replace(
@@ -1323,6 +1636,7 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
         values=torch.cat([shard.of_voters(first.voters).values for shard in shards], dim=1),
         sizes=torch.cat([shard.sizes for shard in shards]),
         names=names,
+        recipes=recipes,
         notes=list(dict.fromkeys(note for shard in shards for note in shard.notes)),
     )
 
@@ -1351,6 +1665,12 @@ SAFE_ENDINGS = (".safetensors",)
 PICKLE_ENDINGS = (".bin", ".pt", ".ckpt", ".pth")
 WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
 
+
+# Pickles that trainers leave beside a LoRA: many hold more than tensors, so that they can't even be looked into
+TRAINERS = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states\.)"
+)
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 # What a file is that begins with these bytes.
 FIRST_BYTES = {
@@ -1643,7 +1963,7 @@ def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, T
     Raises:
         DsireError: matrices that do not fit each other, or not of floating point numbers.
     """
-    layers, _ = lora_layers(weights.keys, path.name)
+    layers, _ = lora_layers(weights.keys, path.name, strays=True)
     settings = lora_settings(path, weights.header)
     for layer, pair in layers.items():
         a, b = (read_tensor(weights, pair[matrix], path.name) for matrix in ("A", "B"))
@@ -1684,8 +2004,8 @@ def file_spectra(path: Path) -> Spectra:
     """
     spectra, shapes, named, inits = {}, {}, {}, set()
     unscaled = zero = untrained = 0
-    with open_weights(path) as weights, one_thread_each():
-        layers, others = lora_layers(weights.keys, path.name)
+    with open_model(path) as weights, one_thread_each():
+        layers, others = lora_layers(weights.keys, path.name, strays=True)
         settings = lora_settings(path, weights.header)
         for layer, a, b, scale in lora_matrices(path, weights):
             pair = layers[layer]
@@ -1708,7 +2028,7 @@ def file_spectra(path: Path) -> Spectra:
             named[layer] = pair
             spectra[layer] = {"A": single_a, "B": single_b, "BA": product * abs(scale)}
             shapes[layer] = [b.shape[0], a.shape[1], a.shape[0]]
-        stated = stated_size(weights.header)
+        stated, recipes = stated_size(weights.header), stated_recipe(weights.header)
     notes = [
         f"init_lora_weights is {init}: BA is not the change of the weights, only models that began so are comparable"
         for init in sorted(inits)
@@ -1735,7 +2055,43 @@ def file_spectra(path: Path) -> Spectra:
     voters = voters_of(named)
     rows = [spectra[voter.layer][voter.matrix] for voter in voters]
     values = torch.stack([of_rank(row, rank) for row in rows])[:, None]
-    return Spectra(values, torch.tensor([stated[0] if stated else 0]), [str(path)], voters, shapes, notes)
+    sizes = torch.tensor([stated[0] if stated else 0])
+    return Spectra(values, sizes, [str(path)], voters, shapes, notes, recipes)
+
+
+# kohya's entries about how a model was trained; numbers are compared as numbers
+RECIPE = {
+    "ss_learning_rate": "learning rate",
+    "ss_unet_lr": "UNet's",
+    "ss_text_encoder_lr": "text encoder's",
+    "ss_optimizer": "",
+    "ss_lr_scheduler": "schedule",
+    "ss_network_dim": "rank",
+    "ss_network_alpha": "alpha",
+    "ss_base_model_version": "base",
+    "ss_sd_model_hash": "hash",
+}
+
+
+def stated_recipe(header: dict[str, str]) -> list[str]:
+    """How kohya's metadata say that a file was trained, as one string; or none."""
+
+    def plain(text: str) -> str:
+        try:
+            return f"{float(text):g}"
+        except ValueError:
+            return shown(text)
+
+    facts = [
+        f"{what} {plain(header[key])}".strip() for key, what in RECIPE.items() if header.get(key, "None") != "None"
+    ]
+    try:
+        each = int(header.get("ss_batch_size_per_device", 1)) * int(header.get("ss_gradient_accumulation_steps", 1))
+        images = int(header["ss_max_train_steps"]) * int(header.get("ss_total_batch_size", each))
+        facts.append(f"{counted(images, 'image')} seen")  # steps times batch
+    except (KeyError, ValueError):
+        pass
+    return [", ".join(facts)] if facts else []
 
 
 def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
@@ -1778,20 +2134,80 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
     return None
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The files that a model was saved as: this one, or all of name-00001-of-00003.safetensors and so on."""
+    match = SHARD.fullmatch(path.name)
+    if not match or not 1 <= int(match[2]) <= int(match[3]):
+        return [path]
+    numbers = range(1, int(match[3]) + 1)
+    return [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}") for number in numbers]
+
+
+@contextmanager
+def open_model(path: Path) -> Iterator[Weights]:
+    """Open the weights of a model, all the files that it was saved as, as one."""
+    with ExitStack() as held:
+        parts = [held.enter_context(open_weights(part)) for part in parts_of(path)]
+        place = {key: part for part in parts for key in part.keys}
+        header = {key: value for part in parts for key, value in part.header.items()}
+        yield Weights([key for part in parts for key in part.keys], lambda key: place[key].tensor(key), header)
+
+
+def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The files below a folder with one of these endings, sorted; never hidden ones, such as macOS' ._name."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in endings
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def holds_no_lora(path: Path) -> bool:
+    """Whether a file is known to be of something else; what is wrong with a LoRA is said when it is judged."""
+    if path.suffix.lower() in PICKLE_ENDINGS and TRAINERS.match(path.name):
+        return True
+    try:
+        if path.suffix.lower() == ".parquet":
+            import pyarrow.parquet as pq
+
+            with parquet_errors(path):
+                return not lora_layers(pq.read_schema(path).names, path.name)
+        with open_model(path) as weights:
+            layers, _ = lora_layers(weights.keys, path.name)
+            # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
+            return not any(weights.tensor(pair["A"]).numel() for pair in layers.values())
+    except NoLora:
+        return True
+    except DsireError:
+        return False
+
+
 def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The LoRA files below a folder, sorted, and notes of what is left out.
+    """The LoRA files below a folder, sorted, and notes of what is left out; of shards of one model, the first one.
 
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
     """
-    found = sorted(
-        path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.relative_to(folder).parts
-    )
-    safe = [path for path in found if path.suffix.lower() in SAFE_ENDINGS]
-    pickles = [path for path in found if path.suffix.lower() in PICKLE_ENDINGS]
-    beside = {path.parent for path in safe}
-    left_out = [path for path in pickles if path.parent in beside]
-    notes = [f"{len(left_out)} pickles beside safetensors in {folder} are left out"] if left_out else []
-    return sorted({*safe, *pickles} - {*left_out}), notes
+    found = {
+        next(part for part in [*parts_of(path), path] if part.is_file())
+        for path in visible_files(folder, WEIGHT_ENDINGS)
+    }
+    loras: list[Path] = []
+    others, twice = [], []
+    for path in sorted(found, key=lambda path: (path.suffix.lower() in PICKLE_ENDINGS, path)):
+        safe_ones = {lora.parent for lora in loras if lora.suffix.lower() in SAFE_ENDINGS}
+        if path.suffix.lower() in PICKLE_ENDINGS and path.parent in safe_ones:
+            twice.append(path)
+        elif holds_no_lora(path):
+            others.append(path)
+        else:
+            loras.append(path)
+    notes = [f"{counted(len(twice), 'pickle')} beside safetensors in {folder} are left out"] if twice else []
+    if others:
+        such = shown(min(others).relative_to(folder).as_posix())
+        notes.append(f"{counted(len(others), 'file')} in {folder} hold no LoRA and are left out, such as {such}")
+    return sorted(loras), notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1814,12 +2230,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a subset. `commit` is the Hub's commit hash, or "" for a folder."""
+    """The files of a subset. `commit` is the Hub's commit hash, or "" for a folder; `notes` say what is left out."""
 
     dataset: str
     subset: str
     commit: str
     shards: list[Shard]
+    notes: list[str] = field(default_factory=list)
 
 
 def find_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> tuple[Source, list[str]]:
@@ -1828,38 +2245,61 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
     Raises:
         DsireError: no such dataset or subset, or the Hub can't be reached and nothing is known of it.
     """
-    folder = Path(dataset).expanduser()
-    if folder.is_dir():
+    folder = path_of(dataset)
+    if os.path.isdir(folder):
         return folder_source(folder, subset), []
+    if os.path.exists(folder):
+        raise DsireError(f"--dataset={dataset} is a file: give the folder that holds it")
     if folder.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") != 1:
-        raise DsireError(f"--dataset={dataset}: no such folder, and not a Hub repository (owner/name)")
+        raise DsireError(f"--dataset={shown(dataset)}: no such folder, and not a Hub repository (owner/name)")
     return hub_source(dataset, subset, revision, cache)
 
 
+def path_of(text: str) -> Path:
+    """A path that the user gave, with ~ as the shell has it."""
+    return Path(os.path.expanduser(text))
+
+
 def folder_source(folder: Path, subset: str | None) -> Source:
-    """The parquet files of a subset in a folder; or a folder of LoRA files as a subset of its own."""
-    parquet = sorted(folder.rglob("*.parquet"))
-    if (folder / "metadata.csv").is_file() or not parquet:
+    """The parquet files of a subset in a folder; or a folder of LoRA files as a subset of its own.
+
+    Its metadata.csv decides which files are read. Without one, LoRA files may lie beside the parquet of their images.
+    """
+    labels = metadata_csv(folder)
+    parquet = visible_files(folder, [".parquet"])
+    beside = subset is None and visible_files(folder, WEIGHT_ENDINGS) and all(map(holds_no_lora, parquet))
+    if labels is not None or not parquet or beside:
         if subset is not None:
-            raise DsireError(
-                f"--subset={subset}: {folder} holds no parquet, and LoRA files have no subsets; leave it out"
+            raise DsireError(f"--subset={subset}: {folder} holds LoRA files, which have no subsets; leave it out")
+        if labels is None:
+            files, notes = weight_files(folder)
+        else:
+            unlisted = [file for file in visible_files(folder.absolute(), WEIGHT_ENDINGS) if file not in labels]
+            unlisted = [file for file in unlisted if parts_of(file)[0] not in labels]
+            such = f", such as {shown(unlisted[0].name)}" if unlisted else ""
+            files, notes = (
+                list(labels),
+                [f"{len(unlisted)} files are not in metadata.csv and not read{such}"] * bool(such),
             )
-        files, _ = weight_files(folder)
+        if parquet:
+            notes.append(f"{counted(len(parquet), 'parquet file')} in {folder} are not read: LoRA files are")
         if not files:
-            raise DsireError(f"--dataset={folder} holds neither parquet nor LoRA files ({' '.join(WEIGHT_ENDINGS)})")
-        return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files])
+            what = "; ".join(["neither parquet nor LoRA files", *notes])
+            raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
+        return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files], notes)
+    notes = []
     if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
         files = sorted((folder / subset.replace("_", "/")).glob("*.parquet"))
     if folder != SHIPPED or not subset or not files:
         cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
         names = [path.relative_to(folder).as_posix() for path in parquet]
-        subset, names = files_of_subset(f"dataset {folder}", cards, names, subset)
+        subset, names, notes = files_of_subset(f"dataset {folder}", cards, names, subset)
         files = [folder / name for name in names]
-    return Source(str(folder), subset, "", [shard_on_disk(file) for file in files])
+    return Source(str(folder), subset, "", [shard_on_disk(file) for file in files], notes)
 
 
 def shard_on_disk(file: Path) -> Shard:
-    parts = [part for part in (file, file.with_name("adapter_config.json")) if part.is_file()]  # both decide BA
+    parts = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
     etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
     return Shard(str(file.absolute()), file.stat().st_size, etag)
 
@@ -1867,8 +2307,10 @@ def shard_on_disk(file: Path) -> Shard:
 CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
 
 
-def files_of_subset(what: str, cards: dict[str, Path], names: list[str], subset: str | None) -> tuple[str, list[str]]:
-    """The subset's name, and which of the parquet files are its: `datasets` reads the configs and their patterns.
+def files_of_subset(
+    what: str, cards: dict[str, Path], names: list[str], subset: str | None
+) -> tuple[str, list[str], list[str]]:
+    """The subset's name, which parquet files are its, and notes: `datasets` reads the configs and their patterns.
 
     It is shown a folder of links and of empty files, so that whatever else lies in the dataset (a script, images), or
     how the dataset's path is spelt, makes no difference; and that the Hub is asked by huggingface_hub alone.
@@ -1893,16 +2335,33 @@ def files_of_subset(what: str, cards: dict[str, Path], names: list[str], subset:
                 raise DsireError(f"{what} has several subsets: choose one with --subset: {' '.join(configs)}")
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
-            builder = datasets.load_dataset_builder(str(view), subset or configs[0], cache_dir=place)
+            subset = subset or configs[0]
+            splits: dict[str, list[str]] = {}
+            of_none = set(names)
+            for config in [subset, *(other for other in configs if other != subset)]:
+                if of_none:  # else nothing is left out, and the other subsets need no look
+                    builder = datasets.load_dataset_builder(str(view), config, cache_dir=place)
+                    of_config = {
+                        str(split): [Path(file).relative_to(view).as_posix() for file in files]
+                        for split, files in (builder.config.data_files or {}).items()
+                    }
+                    splits = of_config if config == subset else splits
+                    of_none -= {name for files in of_config.values() for name in files}
         except DsireError:
             raise
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
             reason = re.sub(r" with any supported extension.*", "", shown(error)).replace(str(view), "it")
             raise DsireError(f"{what} has no data to read: {reason}") from error
-        files = [Path(file) for split in (builder.config.data_files or {}).values() for file in split]
+        files = list(dict.fromkeys(name for split in splits.values() for name in split))
         if not files:
-            raise DsireError(f"{what}: subset {builder.config.name} has no parquet")
-        return builder.config.name, [file.relative_to(view).as_posix() for file in files]
+            raise DsireError(f"{what}: subset {subset} has no parquet")
+        notes = [f"the splits {' '.join(splits)} are taken together"] if len(splits) > 1 else []
+        if of_none:
+            left_out = f"{counted(len(of_none), 'parquet file')} of {what} belong to no split of a subset"
+            notes.append(
+                f"{left_out} and are left out, such as {shown(min(of_none))}: name them in README.md's configs"
+            )
+        return subset, files, notes
 
 
 class HubUnreachable(DsireError):
@@ -1949,7 +2408,9 @@ def hub_error(what: str, error: Exception) -> DsireError:
         return DsireError(f"{what} has no such --revision; give one of its branches, tags or commits")
     if isinstance(error, errors.RepositoryNotFoundError):
         return DsireError(f"{what} was not found on {hub}: check the name, and set HF_TOKEN if it is private")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
+    if isinstance(error, errors.HFValidationError):
+        return DsireError(f"{what} can't be a repository's name: {shown(error)}")
+    if isinstance(error, errors.RemoteEntryNotFoundError) or status == 404:
         return DsireError(f"{what} is listed but not there ({shown(error)}); try another --revision")
     if any(isinstance(its, errors.OfflineModeIsEnabled) for its in causes):
         return HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it")
@@ -1961,6 +2422,14 @@ def hub_error(what: str, error: Exception) -> DsireError:
     return kind(f"{what}: {hub} can't be reached ({shown(error)}): {look}")
 
 
+class SayRetries(logging.Handler):
+    """huggingface_hub tries again for half a minute, and tells its log alone: said in a line, the first time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "[Retry 1/" in record.getMessage():
+            print("the Hub is busy or can't be reached: waiting, to ask again", file=sys.stderr)
+
+
 def ask_hub(what: str, question: Callable[[Any], T]) -> T:
     """What a question, a function of HfApi, is answered; asked again after 1 and 5 seconds while the Hub is busy."""
     for wait in (1, 5, 0):
@@ -1968,7 +2437,8 @@ def ask_hub(what: str, question: Callable[[Any], T]) -> T:
             with hub_errors(what):
                 import huggingface_hub
 
-                huggingface_hub.logging.set_verbosity_error()
+                log = huggingface_hub.logging.get_logger("huggingface_hub")
+                log.handlers, log.propagate = [SayRetries()], False
                 if not sys.stderr.isatty():
                     huggingface_hub.utils.disable_progress_bars()
                 # some requests would wait for a silent server for ever: they get the time that its downloads have
@@ -1995,7 +2465,8 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     if known and revision == known.commit:
         return known, []
     try:
-        info = ask_hub(what, lambda api: api.dataset_info(dataset, revision=revision, timeout=30))
+        asked = what if dataset == LORA_WISE else f"no folder {dataset} is here; on the Hub, {what}"
+        info = ask_hub(asked, lambda api: api.dataset_info(dataset, revision=revision, timeout=30))
     except HubUnreachable as error:
         if not known:
             raise
@@ -2014,11 +2485,11 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     with disk_errors(cache):
         files = ask_hub(what, listed)
         cards = {name: fetched_card(name) for name in CARDS if name in files}
-        parquet = [name for name in files if name.endswith(".parquet")]
-        subset, names = files_of_subset(what, cards, parquet, subset)
+        parquet = [name for name in files if name.endswith(".parquet") and not re.search(r"(^|/)\.", name)]
+        subset, names, notes = files_of_subset(what, cards, parquet, subset)
     facts = [files[name] for name in names]
     shards = [Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id) for fact in facts]
-    source = Source(info.id, subset, info.sha, shards)
+    source = Source(info.id, subset, info.sha, shards, notes)
     write_json(note, asdict(source))
     return source, []
 
@@ -2121,7 +2592,7 @@ def spectra_file(shard: Shard, rank: int, cache: Path) -> Path:
 def save_spectra(spectra: Spectra, shard: Shard, rank: int, cache: Path) -> None:
     from safetensors.torch import save
 
-    about = {"voters": spectra.voters, "names": spectra.names, "shapes": spectra.shapes, "notes": spectra.notes}
+    about = {name: getattr(spectra, name) for name in ("voters", "names", "shapes", "notes", "recipes")}
     header = {"key": cache_key(shard, rank), "about": json.dumps(about)}
     content = save({"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}, header)
     write_whole(spectra_file(shard, rank, cache), content)
@@ -2283,37 +2754,53 @@ def compute_spectra(
             unused.add_done_callback(lambda its: None if its.exception() else its.result()[0].close())
 
 
-def cached_file_spectra(shard: Shard, cache: Path) -> Spectra:
-    found = load_spectra(shard, 0, cache)
-    if found is None:
-        found = file_spectra(Path(shard.file))
-        save_spectra(found, shard, 0, cache)
-    return found
+def about_file(error: DsireError, path: Path, name: str) -> str:
+    """What an error says of a file, after another name of it: below a folder, several may have one name."""
+    text = str(error).removeprefix(str(path)).removeprefix(path.name).removeprefix(":").strip()
+    return f"{shown(name)}: {text}"
 
 
 def folder_spectra(source: Source, cache: Path) -> Spectra:
     """The spectra of a folder of LoRA files, on the layers that all of them have.
 
-    Sizes and micro-datasets come from the folder's metadata.csv (file_name,label,name), or else from the files.
+    Sizes and micro-datasets come from the folder's metadata.csv (file_name,label,name), or else from the files. Files
+    whose micro-dataset isn't named share it with the other epochs of their training.
 
     Raises:
-        DsireError: metadata.csv can't be read, no file has a size, or no layer is in all of them.
+        DsireError: metadata.csv or a file in it can't be read, no file has a size, or no layer is in all of them.
     """
     folder = Path(source.dataset)
-    _, notes = weight_files(folder)
-    labels = metadata_csv(folder / "metadata.csv")
-    files = in_parallel(lambda shard: cached_file_spectra(shard, cache), source.shards, unit="file")
-    known = []
-    for shard, file in zip(source.shards, files, strict=True):
-        name = Path(shard.file).relative_to(folder.absolute()).as_posix()
-        size, micro_dataset = labels.pop(name, (0, name)) if labels is not None else (int(file.sizes[0]), name)
-        notes += [f"{name}: {note}" for note in file.notes]
+    labels = metadata_csv(folder)
+
+    def computed(shard: Shard) -> Spectra | DsireError:
+        try:
+            spectra = file_spectra(Path(shard.file))
+        except DsireError as error:
+            return error
+        save_spectra(spectra, shard, 0, cache)
+        return spectra
+
+    found: dict[Shard, Any] = {shard: load_spectra(shard, 0, cache) for shard in source.shards}
+    missing = [shard for shard, file in found.items() if file is None]
+    found |= dict(zip(missing, in_parallel(computed, missing, unit="file" if missing else ""), strict=True))
+    known, trainings, notes = [], [], []
+    for shard, file in found.items():
+        path = Path(shard.file)
+        name = path.relative_to(folder.absolute()).as_posix()
+        if isinstance(file, DsireError):
+            if labels is not None:
+                raise DsireError(about_file(file, path, name))
+            notes.append((name, about_file(file, path, "left out, as it can't be judged")))
+            continue
+        stated = (int(file.sizes[0]), "", *file.recipes)
+        size, micro_dataset, *recipe = labels[path] if labels is not None else stated
+        notes += [(name, note) for note in file.notes]
         if size:
-            known.append(replace(file, sizes=torch.tensor([size]), names=[micro_dataset]))
+            trainings += [] if micro_dataset else [training_of(path, name)]
+            names = [micro_dataset or trainings[-1]]
+            known.append(replace(file, sizes=torch.tensor([size]), names=names, recipes=recipe or [""]))
         else:
-            notes.append(f"{name} is left out: " + ("not in metadata.csv" if labels is not None else "no size stated"))
-    if labels:
-        raise DsireError(f"{folder / 'metadata.csv'} lists {next(iter(labels))}, which is not there")
+            notes.append((name, "left out, as it states no size"))
     if not known:
         raise DsireError(f"no file in {folder} has a size: write {folder / 'metadata.csv'} with file_name,label,name")
     shapes = [file.shapes for file in known]
@@ -2321,8 +2808,14 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
     if not common:
         raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
     dropped = {layer for its_shapes in shapes for layer in its_shapes} - set(common)
+    said = together(notes)
     if dropped:
-        notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
+        said.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
+    if trainings:
+        said.append(
+            f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv: each training is "
+            "a micro-dataset of its own, and nothing says which of them share images"
+        )
     voters = [voter for voter in known[0].voters if voter.layer in set(common)]
     rank = max(shapes[0][layer][2] for layer in common)
     return Spectra(
@@ -2331,36 +2824,79 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
         [name for file in known for name in file.names],
         voters,
         {layer: shapes[0][layer] for layer in common},
-        notes,
+        said,
+        [recipe for file in known for recipe in file.recipes],
+        recipes_stated=labels is None,
     )
 
 
-def metadata_csv(path: Path) -> dict[str, tuple[int, str]] | None:
-    """file_name -> (label, name) from the metadata.csv of a folder; None without one.
+def together(notes: list[tuple[str, str]]) -> list[str]:
+    """Notes about files (name, note), in one line where they say the same but for their numbers."""
+    alike: dict[str, list[str]] = {}
+    for name, note in notes:
+        alike.setdefault(re.sub(r"\d+", "0", note), []).append(f"{shown(name)}: {note}")
+    return [its[0] + (f" (and so of {len(its) - 1} other files)" if len(its) > 1 else "") for its in alike.values()]
+
+
+# An epoch in the path of a file: name-000001.safetensors, name-step00000500.safetensors, checkpoint-500/name.bin
+EPOCH = re.compile(r"[-_. /]*(?:(?<![a-z])(?:checkpoint|epoch|step|ckpt)s?[-_ ]?\d+|(?<=-)\d{6})(?=[-_./]|$)", re.I)
+
+
+def training_of(path: Path, name: str) -> str:
+    """What the epochs of one training share: the name or session in kohya's header, or their path without the epoch."""
+    header: dict[str, str] = {}
+    if path.suffix.lower() in SAFE_ENDINGS:
+        with open_model(path) as weights:
+            header = weights.header
+    output = header.get("ss_output_name")
+    told = None if output in ("last", "epoch", "None") else output  # the names that kohya gives by itself
+    return told or header.get("ss_session_id") or EPOCH.sub("", str(Path(name).with_suffix(""))).strip("/") or "."
+
+
+def metadata_csv(folder: Path) -> dict[Path, tuple[int, str, str]] | None:
+    """File -> (label, name or "", recipe or "") from the metadata.csv of a folder; None without one.
+
+    A file may be called as Windows has it (a\\b), or with its accents composed in another way than on the disk.
 
     Raises:
-        DsireError: a column is missing, a label is no dataset size, or a file is listed twice.
+        DsireError: a column is missing, a label is no dataset size, or a file is not there or listed twice.
     """
+    path = folder / "metadata.csv"
     if not path.is_file():
         return None
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_text(encoding="utf-8-sig")
+        head = text.partition("\n")[0]
+        reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count))  # as spreadsheets write it
+        columns, *rows = [[cell.strip() for cell in row] for row in reader if any(map(str.strip, row))] or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise DsireError(f"{path} can't be read ({shown(error)})") from error
-    labels: dict[str, tuple[int, str]] = {}
+    if not {"file_name", "label"} <= set(columns):
+        raise DsireError(
+            f"{path} needs the columns file_name and label, and may have name and recipe; it has {shown(head)!r}"
+        )
+    if not rows:
+        raise DsireError(f"{path} lists no file: give each LoRA file a row of file_name,label,name")
+    files = {file.relative_to(folder).as_posix(): file.absolute() for file in folder.rglob("*") if file.is_file()}
+    alike = {plain_name(name): file for name, file in files.items()}
+    labels: dict[Path, tuple[int, str, str]] = {}
     for row in rows:
-        if row.get("file_name") is None or "label" not in row:
-            raise DsireError(f"{path} needs the columns file_name and label, in every row, and may have name")
-        name, label = Path(row["file_name"]).as_posix(), (row["label"] or "").strip()
-        try:
-            size = positive(label)
-        except argparse.ArgumentTypeError as error:
-            raise DsireError(f"{path}: the label of {name}: {error}") from None
-        if name in labels:
-            raise DsireError(f"{path} lists {name} twice")
-        labels[name] = (size, row.get("name") or name)
+        cells = dict(zip(columns, row, strict=False))
+        name, label = cells.get("file_name", ""), cells.get("label", "")
+        file = files.get(name) or alike.get(plain_name(name))
+        if not dataset_size(label):
+            raise DsireError(f"{path}: the label of {shown(name)}: {shown(label)!r} is not a whole number from 1 up")
+        if file is None:
+            raise DsireError(f"{path} lists {shown(name)}, which is not there")
+        if file in labels:
+            raise DsireError(f"{path} lists {shown(name)} twice")
+        labels[file] = (dataset_size(label), cells.get("name", ""), cells.get("recipe", ""))
     return labels
+
+
+def plain_name(name: str) -> str:
+    """A file's path as it is compared: with / between folders, and accents composed."""
+    return unicodedata.normalize("NFC", Path(name.replace("\\", "/")).as_posix())
 
 
 def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
@@ -2369,28 +2905,42 @@ def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
     Raises:
         DsireError: there is no such file, folder or repository, or no weight file in it.
     """
-    path = Path(item).expanduser()
-    if item and path.is_file():
+    path = path_of(item)
+    if item and os.path.isfile(path):
         return [path], []
-    here = bool(item) and path.exists()
+    here = bool(item) and os.path.exists(path)
     if not here:
         match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", item)
         if not match or match[1].endswith(WEIGHT_ENDINGS):
-            raise DsireError(f"{item or 'an empty name'}: no such file or folder")
+            raise DsireError(absent(item))
         repository, name = match[1], match[2]
+        what = item if name else f"{absent(item)} here; on the Hub, {item}"
         place = cache / "hub"
         patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
         with disk_errors(place):
             if name:
-                return [Path(ask_hub(item, lambda api: api.hf_hub_download(repository, name, cache_dir=place)))], []
+                return [Path(ask_hub(what, lambda api: api.hf_hub_download(repository, name, cache_dir=place)))], []
             path = Path(
-                ask_hub(item, lambda api: api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns))
+                ask_hub(what, lambda api: api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns))
             )
     files, notes = weight_files(path)
     if not files:
         hint = "" if here else "; name a pickle as user/name:file.bin"
-        raise DsireError(f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}")
+        what = "; ".join([f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}", *notes])
+        raise DsireError(what)
     return files, notes
+
+
+def absent(item: str) -> str:
+    """That nothing is at a path, and what is there under that name with an ending."""
+    path = path_of(item)
+    try:
+        alike = [file.name for file in path.parent.iterdir() if item and file.stem == path.name]
+    except OSError:
+        alike = []
+    return f"{shown(item) if item else 'an empty name'}: no such file or folder" + (
+        f" ({shown(alike[0])} is)" if alike else ""
+    )
 
 
 def positive(text: str) -> int:
@@ -2404,21 +2954,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def rank_of(source: Source, rank: int | None) -> int:
-    """The rank of the LoRAs in a subset: `rank`, or the one in its name, such as 32 in medium_32_2.
+def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
+    """The rank of the LoRAs in a subset: `rank`, or the one in a name like LoRA-WiSE's, 32 in medium_32_2; and notes.
+
+    Any other number in a name (fold_2, seed_42) is no rank, though the columns' lengths may fit it.
 
     Raises:
-        DsireError: neither says it, or they contradict each other.
+        DsireError: neither says it.
     """
     if source.shards[0].is_lora:
-        return 0  # such files say it themselves, layer by layer
-    match = re.fullmatch(r"[a-z]+_(\d+)(_\d+)?", source.subset)
-    named = int(match[1]) if match else None
-    if rank is None and named is None:
-        raise DsireError(f"subset {source.subset} doesn't have the rank in its name: give it with --rank")
-    if rank is not None and named is not None and rank != named:
-        raise DsireError(f"--rank={rank} contradicts the name of subset {source.subset}, whose rank is {named}")
-    return rank or named or 0
+        return 0, []  # such files say it themselves, layer by layer
+    match = re.fullmatch(r"(?:low|medium|high|rank|r)_(\d+)(_\d+)?", source.subset)
+    named = int(match[1]) if match else 0
+    if rank and named and rank != named:
+        return rank, [f"--rank={rank} is taken, though the name of subset {source.subset} tells rank {named}"]
+    if not rank and not named:
+        raise DsireError(f"subset {shown(source.subset)} doesn't have the rank in its name: give it with --rank")
+    return rank or named, []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2453,7 +3005,7 @@ def report_lines(
 ) -> list[str]:
     predictor, train_size = settings["predictor"], settings["train_size"]
     protocol = f"{train_size} micro-datasets to train, {spectra.count - train_size} to test"
-    lines = describe(spectra, settings, notes, f"{len(experiments)} experiments: {protocol}")
+    lines = describe(spectra, settings, notes, f"{counted(len(experiments), 'experiment')}: {protocol}")
     lines += [f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}"]
     lines += [f"{predictor:16}" + summary_cells(mean_and_std(experiments).values())]
     paper = paper_values(settings).get(predictor)
@@ -2461,28 +3013,65 @@ def report_lines(
 
 
 def comparison_lines(
-    spectra: Spectra, tables: Tables, accuracies: Tensor, paper: dict[str, tuple[tuple[float, float], ...]]
+    spectra: Spectra, comparison: Comparison, paper: dict[str, tuple[tuple[float, float], ...]]
 ) -> list[str]:
     """The tables of `--compare`: the first one with the difference of the MAE to dsire's, and the paper's values."""
+    tables, accuracies, sure, recipes = comparison
     rows = tables["compare"]
-    title = f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>18}"
+    title = f"\n{'':15}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>17}"
     lines = [title + (f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")]
     for name, experiments in rows.items():
         differences = torch.tensor([one.mae - other.mae for one, other in zip(experiments, rows["dsire"], strict=True)])
         error = float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
         cell = "" if name == "dsire" else f"{float(differences.mean()):+.3f} ± {error:.3f}"
-        line = f"{name:16}{summary_cells(mean_and_std(experiments).values())}{cell:>18}"
+        line = f"{name:15}{summary_cells(mean_and_std(experiments).values())}{cell:>17}"
         lines.append(line + (summary_cells(paper[name]) if name in paper else ""))
-    lines.append("(± the standard deviation over experiments; for differences, the standard error of their mean)")
+    lines.append("(± the standard deviation over experiments; of differences, the standard error)")
     lines += breakdown("dsire by training micro-datasets", tables["by_train_size"], "mae", "accuracy")
     lines += breakdown("dsire by dataset size", tables["by_size"], "mae", "accuracy")
     if tables["unseen_sizes"]:
         lines += breakdown("sizes that were left out", tables["unseen_sizes"], "mae", "mape")
+    lines += sure_lines(spectra, comparison)
     lines.append(f"\n{'accuracy of single voters':48}{'%':>8}")
     for name, accuracy in sorted(by_block(spectra, accuracies).items(), key=lambda item: -item[1]):
         lines.append(f"{'mean of ' + name:48}{accuracy:8.1f}")
     for row in accuracies.argsort(descending=True, stable=True)[:5].tolist():
-        lines.append(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:77}{float(accuracies[row]):8.1f}")
+        lines.append(f"{spectra.voters[row].matrix:3}{spectra.voters[row].layer:69}{float(accuracies[row]):8.1f}")
+    return lines
+
+
+def sure_lines(spectra: Spectra, comparison: Comparison) -> list[str]:
+    """How often the 90 % set holds the true size, and how many sizes it has, by size; the check's false alarms."""
+    sizes, tests = spectra.sizes, [run.test for run in comparison.tables["compare"]["dsire"]]
+    head = "".join(f"{name + ' holds %':>20}{'sizes':>8}" for name in comparison.sure)
+    lines = [f"\n{'the 90 % set':16}{head}{'not comparable %':>18}"]
+    for size in [*sizes.unique().tolist(), 0]:
+        cells = ""
+        for tables in comparison.sure.values():
+            its = [table[sizes[test] == size] if size else table for table, test in zip(tables, tests, strict=True)]
+            _, held, members, flagged = torch.cat(its).mean(0).tolist()
+            cells += f"{100 * held:20.1f}{members:8.2f}"
+        lines.append(f"{size or 'all':<16}{cells}{100 * flagged:18.1f}")
+    return lines + (recipe_lines(spectra, comparison.recipes) if comparison.recipes else [])
+
+
+def recipe_lines(spectra: Spectra, recipes: dict[str, Tensor]) -> list[str]:
+    """`by_recipe` as tables: what is asked in rows, what is labelled in columns; then every pair of recipes."""
+    names, seen, unseen, pairs = sorted(set(spectra.recipes)), recipes["seen"], recipes["unseen"], recipes["pairs"]
+    count = len(names)
+    alone = pairs.diagonal(dim1=0, dim2=1).T
+    other = (pairs.sum(0) - alone) / (count - 1)
+    lines = []
+    for title, column, scale in (("MAE", 0, 1), ("in the 90 % set %", 1, 100), ("not comparable %", 3, 100)):
+        heads = "".join(f"{head:>14}" for head in ("all recipes", "all others", "its own", "one other"))
+        lines.append(f"\nlog-ridge, {title:17}{heads}")
+        table = scale * torch.stack([its[:, column] for its in (seen, unseen, alone, other)], dim=1)
+        rows = [*zip(names, table.tolist(), strict=True), ("mean", table.mean(0).tolist())]
+        lines += [f"{name:28}" + "".join(f"{value:14.2f}" for value in values) for name, values in rows]
+    for title, column, scale in (("not comparable %", 3, 100), ("MAE", 0, 1)):
+        lines.append(f"\n{f'{title}, rows labelled':28}" + "".join(f"{number:>7}" for number in range(1, count + 1)))
+        for number, (name, row) in enumerate(zip(names, (scale * pairs[..., column]).tolist(), strict=True), start=1):
+            lines.append(f"{f'{number} {name}':28}" + "".join(f"{value:7.{0 if scale > 1 else 2}f}" for value in row))
     return lines
 
 
@@ -2496,20 +3085,31 @@ def breakdown(title: str, rows: dict[str, list[Experiment]], *metric_names: str)
 
 
 def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
+    """What is printed of one file: what the reader has to know first is in the first line."""
+    regression = estimate.predictor.startswith("log-")
     votes = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
-    lines = [f"\n{estimate.file}: {estimate.estimate} image{'s' if estimate.estimate != 1 else ''}"]
-    lines += ["  votes     " + ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005)]
-    if estimate.alike:
+    its = counted(estimate.estimate, "image")
+    lines = [f"\n{estimate.file}: {estimate.first[0] if estimate.first else its}"]
+    lines += [f"  {'because':10}{reason}" for reason in estimate.first[1:]]
+    lines += [f"  {'would be':10}{its}"] if estimate.first else []
+    shares = ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005)
+    lines += [f"  {'weights' if regression else 'votes':10}{shares}"]
+    if estimate.alike and not estimate.first:
         low, high, models, right = estimate.alike
-        members = " or ".join(str(size) for size in estimate.confidence_set) or "none of the sizes"
-        lines += [
-            f"  like it   of {models:g} left-out models with {low:.0%} to {high:.0%} of the votes, "
-            f"{right:g} were right",
-            f"  so        {members}, with {confidence:.0%} confidence, if it is one of the labelled sizes",
-        ]
+        what = "of the weight" if regression else "of the votes"
+        held = "held the size" if estimate.predictor == "log-regression" else "were right"
+        like = f"of {counted(int(models), 'left-out model')} with {low:.0%} to {high:.0%} {what}, {right:g} {held}"
+        lines.append(f"  {'like it':10}{like if models else f'no left-out model had {low:.0%} {what}'}")
+        link = " to " if estimate.predictor == "log-regression" else " or "
+        members = link.join(map(str, estimate.confidence_set)) or "none of the sizes"
+        lines.append(
+            f"  {'so':10}{members}, with {percent(confidence)} confidence, if its recipe and size are labelled"
+        )
+    if estimate.recipe:
+        lines.append(f"  {'recipe':10}nearest to {shown(estimate.recipe)}")
     if estimate.stated_size:
-        lines.append(f"  stated    {estimate.stated_size}")
-    return lines + [f"  note      {warning}" for warning in estimate.warnings]
+        lines.append(f"  {'stated':10}{estimate.stated_size}")
+    return lines + [f"  {'note':10}{warning}" for warning in estimate.warnings]
 
 
 def write_report(output: Path, settings: dict[str, Any], notes: list[str], details: dict[str, Any]) -> None:
@@ -2535,12 +3135,16 @@ def write_predictions(output: Path, spectra: Spectra, experiments: list[Experime
     write_table(output / "predictions.csv", table)
 
 
-def write_estimates(output: Path, found: list[Estimate]) -> None:
-    """estimates.csv: a row for each file."""
-    table: list[list[Any]] = [["file", "estimate", "vote_share", "confidence_set", "stated_size", "warnings"]]
+def write_estimates(output: Path, found: list[Estimate], refused: dict[str, str]) -> None:
+    """estimates.csv: a row for each file; those that were refused come last, without an estimate."""
+    names = ["file", "estimate", "vote_share", "confidence_set", "recipe_p", "stated_size", "warnings"]
+    table: list[list[Any]] = [names]
     for one in found:
-        members, share = " ".join(map(str, one.confidence_set)), f"{max(one.votes.values()):.4f}"
-        table.append([one.file, one.estimate, share, members, one.stated_size or "", "; ".join(one.warnings)])
+        link = "-" if one.predictor == "log-regression" else " "
+        members, share = link.join(map(str, one.confidence_set)), f"{max(one.votes.values()):.4f}"
+        said = "; ".join([*one.first, *one.warnings])
+        table.append([one.file, one.estimate, share, members, f"{one.recipe_p:.4f}", one.stated_size or "", said])
+    table += [[file, *[""] * (len(names) - 2), error] for file, error in refused.items()]
     write_table(output / "estimates.csv", table)
 
 
@@ -2548,18 +3152,8 @@ def write_estimates(output: Path, found: list[Estimate]) -> None:
 # Pictures: the paper's Figures 2 to 6
 
 
-def draw_figures(
-    output: Path, spectra: Spectra, experiments: list[Experiment], growth: dict[str, list[Experiment]], title: str
-) -> None:
-    """Write confusion.png, spectra.png, layers.png and training.png into `output`.
-
-    Args:
-        output: an existing folder.
-        spectra: all labelled models.
-        experiments: the evaluation, for the confusion matrix.
-        growth: the evaluation by the number of training micro-datasets.
-        title: what the data and the predictor are called.
-    """
+def draw(output: Path, figures: dict[str, Callable[[Any], Any]]) -> None:
+    """Write pictures into a folder: name -> a function of matplotlib's pyplot that gives a figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -2574,14 +3168,8 @@ def draw_figures(
         "legend.frameon": False,
     }
     with matplotlib.rc_context(style):
-        figures = {
-            "confusion": confusion_figure(plt, spectra, experiments, title),
-            "spectra": spectra_figure(plt, spectra),
-            "layers": layers_figure(plt, spectra),
-            "training": training_figure(plt, growth, title),
-        }
-        for name, figure in figures.items():
-            image = io.BytesIO()
+        for name, figure_of in figures.items():
+            image, figure = io.BytesIO(), figure_of(plt)
             figure.savefig(image, format="png", metadata={"Software": None})
             plt.close(figure)
             write_whole(output / f"{name}.png", image.getvalue())
@@ -2592,8 +3180,9 @@ def confusion_figure(plt: Any, spectra: Spectra, experiments: list[Experiment], 
     true = torch.cat([spectra.sizes[run.test] for run in experiments])
     predicted = torch.cat([run.prediction.sizes for run in experiments])
     rows, columns = true.unique().tolist(), predicted.unique().tolist()
-    if len(columns) > 20:  # a regression's answers are counted at the nearest size
+    if len(columns) > 20:
         predicted = nearest_size(predicted, true.unique())
+        title += "\n(answers between the sizes are counted at the nearest one)"
     columns = sorted(set(rows) | set(predicted.unique().tolist()))
     table = torch.stack(
         [torch.stack([(predicted[true == row] == column).double().mean() for column in columns]) for row in rows]
@@ -2611,7 +3200,7 @@ def confusion_figure(plt: Any, spectra: Spectra, experiments: list[Experiment], 
     return figure
 
 
-def size_colours(plt: Any, sizes: list[int]) -> list[Any]:
+def size_colours(plt: Any, sizes: Sequence[Any]) -> list[Any]:
     """Dark for small, light for large: viridis without its lightest end, which fades on white."""
     return [plt.get_cmap("viridis")(0.9 * index / max(1, len(sizes) - 1)) for index in range(len(sizes))]
 
@@ -2678,6 +3267,41 @@ def training_figure(plt: Any, growth: dict[str, list[Experiment]], title: str) -
     return figure
 
 
+PICTURED = 20  # files at most in a picture
+
+
+def estimates_figure(plt: Any, rows: list[tuple[Estimate, Spectra, Spectra]]) -> Any:
+    """For each file the norms of its matrices, as lines over those of the labelled models by size, its set shaded.
+
+    Args:
+        rows: each with the estimate, the labelled models, and the file's model on the same voters.
+    """
+    matrices = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in rows[0][1].voters)]
+    shape, inches = (len(rows), len(matrices)), (3.2 * len(matrices), 2.8 * len(rows))
+    figure, axes = plt.subplots(*shape, figsize=inches, squeeze=False)
+    for line, (estimate, fitted, file) in zip(axes, rows, strict=True):
+        sizes, recipes = fitted.sizes.unique(), sorted(set(fitted.recipes)) or ["labelled models"]
+        place = torch.searchsorted(sizes, fitted.sizes)
+        held = [number for number, size in enumerate(sizes.tolist()) if estimate.holds(size)]
+        for axis, matrix in zip(line, matrices, strict=True):
+            its = torch.tensor([voter.matrix == matrix for voter in fitted.voters])
+            known, asked = (log_norms(side)[:, its].mean(1).exp() for side in (fitted, file))
+            for number, (recipe, colour) in enumerate(zip(recipes, size_colours(plt, recipes), strict=True)):
+                chosen, shift = fitted.of_recipe == number, 0.6 * (number + 0.5) / len(recipes) - 0.3
+                axis.scatter(place[chosen] + shift, known[chosen], s=6, color=colour, label=recipe)
+            axis.axhline(float(asked), color="black", linewidth=1, label="this file")
+            for number in held:
+                axis.axvspan(number - 0.5, number + 0.5, color="#d55e00", alpha=0.15, linewidth=0)
+            axis.set_yscale("log")
+            axis.set_xticks(range(len(sizes)), sizes.tolist())
+            axis.set(xlabel="dataset size (images)", ylabel=f"norm of {matrix}")
+        what = "not comparable" if estimate.first else counted(estimate.estimate, "image")
+        line[0].set_title(f"{shown(Path(estimate.file).name)}: {what}", loc="left", fontsize=10)
+    axes[0, -1].legend(fontsize=7)
+    figure.suptitle("Frobenius norms, geometric mean over layers; shaded: the set of sizes", fontsize=10)
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -2699,8 +3323,17 @@ def between_0_and_1(text: str) -> float:
     return number
 
 
-def folder(text: str) -> Path:
-    return Path(text).expanduser()
+def output_folder(text: str) -> Path:
+    """A folder to write to, seen before anything is computed.
+
+    Raises:
+        argparse.ArgumentTypeError: it, or what is to hold it, is a file or can't be written to.
+    """
+    path = path_of(text)
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{shown(there)} is {'not writable' if there.is_dir() else 'a file'}")
+    return path
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -2711,21 +3344,21 @@ def command_line() -> argparse.ArgumentParser:
     add("--rank", type=positive, help="the LoRA rank (default: the one in the subset's name)")
     add("--dataset", help=f"Hub repository, a folder of the same layout, or one of LoRA files (default: {LORA_WISE})")
     add("--revision", help="branch, tag or commit of the Hub dataset")
-    add("--cache_dir", type=folder, default=CACHE, help="for downloads and spectra (%(default)s)")
+    add("--cache_dir", type=path_of, default=CACHE, help="for downloads and spectra (%(default)s)")
     add("--seed", type=int, default=protocol.seed, help="of the experiments' splits (%(default)s)")
     add("--experiments", type=positive, default=protocol.experiments, help="how many (%(default)s)")
     add("--train_size", type=positive, default=protocol.train_size, help="micro-datasets to train on (%(default)s)")
     add("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="which ones vote (%(default)s)")
-    add("--predictor", choices=PREDICTORS, default="dsire", help="what turns spectra into a size (%(default)s)")
+    kinds = f"one of {', '.join(PREDICTORS)} (dsire, and log-ridge with --predict)"
+    add("--predictor", choices=PREDICTORS, metavar="NAME", help=kinds)
     add("--device", help="cuda, cpu, ... (default: cuda if available)")
     add("--keep_shards", action="store_true", help="keep downloads after their spectra are computed")
     add("--compare", action="store_true", help="all predictors and matrices, by size, training micro-datasets, layer")
     add("--plots", action="store_true", help="draw the paper's figures into --output")
     add("--predict", nargs="+", metavar="LORA", help="estimate for these files, folders or Hub repositories instead")
-    add(
-        "--confidence", type=between_0_and_1, default=0.9, help="of the set of sizes that --predict names (%(default)s)"
-    )
-    add("--output", type=folder, help="folder for report.json, and predictions.csv or estimates.csv")
+    add("--confidence", type=between_0_and_1, help="of the set of sizes that --predict names (0.9)")
+    add("--leave_out", "--leave-out", choices=("name", "recipe"), default="name", help="what --predict judges by")
+    add("--output", type=output_folder, help="folder for report.json, and predictions.csv or estimates.csv")
     return parser
 
 
@@ -2748,26 +3381,30 @@ def choose_device(name: str | None) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit code, 2 if some of what was asked could not be had."""
     notes: list[str] = []
-    if arguments.predict and (arguments.compare or arguments.plots):
-        raise DsireError("--compare and --plots are about the labelled models: leave them out with --predict")
+    if arguments.predict and arguments.compare:
+        raise DsireError("--compare is about the labelled models: leave it out with --predict")
+    if arguments.confidence and not arguments.predict:
+        raise DsireError("--confidence is about the sets of sizes that --predict names: leave it out")
+    arguments.confidence = arguments.confidence or 0.9
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
+    arguments.predictor = arguments.predictor or ("log-ridge" if arguments.predict else "dsire")
     if arguments.dataset is None and arguments.subset is None:
         arguments.subset = SHIPPED_SUBSET
         notes.append("no --subset was given: this is the small subset that ships with the script")
     if arguments.dataset is None:
-        ships = (SHIPPED / arguments.subset.replace("_", "/")).is_dir()
+        ships = os.path.isdir(SHIPPED / arguments.subset.replace("_", "/"))
         arguments.dataset = str(SHIPPED) if ships else LORA_WISE
     process, cache = Process.join(), arguments.cache_dir
     asked: list[Path] = []
-    refused = []
+    refused: dict[str, str] = {}
     for item in arguments.predict or [] if process.rank == 0 else []:  # before a subset is fetched for nothing
         try:
             files, left_out = files_to_predict(item, cache)
             asked += files
             notes += left_out
         except DsireError as error:
-            refused.append(item)
+            refused[item] = str(error)
             print_error(error)
     if refused and not asked:
         return 2
@@ -2779,13 +3416,13 @@ def run(arguments: argparse.Namespace) -> int:
         process.wait_for_others()
     elif source.shards[0].is_lora:
         return 0  # such a folder is not worth sharing
-    rank = rank_of(source, arguments.rank)
+    rank, about_rank = rank_of(source, arguments.rank)
     spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards, process)
     if process.rank:
         return 0  # the first process evaluates
     if arguments.rank and arguments.rank != spectra.values.shape[-1]:
         raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {spectra.values.shape[-1]}")
-    notes += said + spectra.notes + what_is_unusual(spectra)
+    notes += said + about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
     spectra = spectra.of_matrices(arguments.matrices)
     spectra = replace(spectra, values=spectra.values.to(device))
     settings = {
@@ -2796,7 +3433,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     try:
         if arguments.predict:
-            return 0 if predict(arguments, spectra, asked, settings, notes) and not refused else 2
+            return 0 if predict(arguments, spectra, asked, settings, notes, refused) else 2
         report(arguments, spectra, settings, notes)
         return 0
     except KeyboardInterrupt:
@@ -2818,45 +3455,77 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
         "std": {metric: std for metric, (_, std) in summary.items()},
     }
     if arguments.compare:
-        tables, accuracies = compare(spectra, protocol)
-        lines += comparison_lines(spectra, tables, accuracies, paper_values(settings))
-        details |= {name: {row: mean_and_std(its) for row, its in table.items()} for name, table in tables.items()}
-        details["by_layer"] = dict(zip(map(" ".join, spectra.voters), accuracies.tolist(), strict=True))
-        details["by_block"] = by_block(spectra, accuracies)
+        found = compare(spectra, protocol)
+        lines += comparison_lines(spectra, found, paper_values(settings))
+        tables = found.tables.items()
+        details |= {name: {row: mean_and_std(its) for row, its in table.items()} for name, table in tables}
+        details["by_layer"] = dict(zip(map(" ".join, spectra.voters), found.accuracies.tolist(), strict=True))
+        details["by_block"] = by_block(spectra, found.accuracies)
+        details["by_recipe"] = {name: table.tolist() for name, table in found.recipes.items()}
     if arguments.output:
         write_predictions(arguments.output, spectra, results)
         write_report(arguments.output, settings, notes, details)
     if arguments.plots:
         growth = by_train_size(spectra, predictor, protocol)
-        title = f"{arguments.predictor} on {settings['subset']}"
-        draw_figures(arguments.output, spectra, results, growth, title)
+        title = f"{arguments.predictor} on {settings['subset']}, {len(spectra.names)} models"
+        figures: dict[str, Callable[[Any], Any]] = {
+            "confusion": lambda plt: confusion_figure(plt, spectra, results, title),
+            "spectra": lambda plt: spectra_figure(plt, spectra),
+            "layers": lambda plt: layers_figure(plt, spectra),
+            "training": lambda plt: training_figure(plt, growth, f"{title} (bars: std over experiments)"),
+        }
+        draw(arguments.output, figures)
     say(lines)
 
 
 def predict(
-    arguments: argparse.Namespace, fitted: Spectra, paths: list[Path], settings: dict[str, Any], notes: list[str]
+    arguments: argparse.Namespace,
+    fitted: Spectra,
+    paths: list[Path],
+    settings: dict[str, Any],
+    notes: list[str],
+    refused: dict[str, str],
 ) -> bool:
-    """An estimate for each file that can be read, and an error for each that can't; True if all could be."""
+    """An estimate for each file that can be read, and an error for each that can't; True if all could be.
+
+    Args:
+        refused: what the user named and could not be had, and why.
+    """
+    by_recipe = arguments.leave_out == "recipe"
+    units, unit = (fitted.of_recipe, "recipe") if by_recipe else (fitted.micro_datasets, "micro-dataset")
+    if by_recipe and len(units.unique()) == 1:
+        raise DsireError(
+            "--leave_out=recipe needs labelled models of two recipes: a column `recipe` says which is which"
+        )
+    notes = notes + what_can_be_supported(fitted.sizes, units, arguments.confidence, unit)
     alike: dict[tuple[Voter, ...], list[Spectra]] = {}  # files with the same layers are judged together
-    found = []
+    judged: list[tuple[Estimate, Spectra, Spectra]] = []
     for path in paths:
         try:
             file = matched(file_spectra(path), fitted)
             alike.setdefault(tuple(file.voters), []).append(file)
         except DsireError as error:
-            print_error(error)
+            refused[str(path)] = about_file(error, path, str(path))
+            print_error(DsireError(refused[str(path)]))
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
-        found += estimates(known, files, PREDICTORS[arguments.predictor], arguments.confidence)
+        its = estimates(known, files, arguments.predictor, arguments.confidence, units)
+        judged += [(estimate, known, file) for estimate, file in zip(its, files, strict=True)]
     order = {str(path): number for number, path in enumerate(paths)}
-    found.sort(key=lambda estimate: order[estimate.file])
+    judged.sort(key=lambda one: order[one[0].file])
+    found = [estimate for estimate, _, _ in judged]
     if arguments.output:
-        write_estimates(arguments.output, found)
+        write_estimates(arguments.output, found, refused)
         details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]
-        write_report(arguments.output, settings, notes, {"estimates": details})
-    lines = describe(fitted, settings, notes)
+        write_report(arguments.output, settings, notes, {"estimates": details, "refused": refused})
+    if arguments.plots and judged:
+        drawn = judged[:PICTURED]
+        draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn)})
+        if len(judged) > PICTURED:
+            notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
+    lines = describe(fitted, settings, notes, f"predictor {arguments.predictor}")
     say(lines + [line for estimate in found for line in estimate_lines(estimate, arguments.confidence)])
-    return len(found) == len(paths)
+    return not refused
 
 
 def say(lines: list[str]) -> None:

@@ -2,11 +2,14 @@
 
     python tests/make_tiny_wise.py --subset low_4      # sizes 1 2 3 4 5 6
     python tests/make_tiny_wise.py --subset medium_4   # sizes 1 10 20 30 40 50
+    python tests/make_tiny_wise.py --subset recipes_4  # sizes 1 2 3 4 5 6, under seven recipes
 
 A small diffusion UNet is trained on scikit-learn's digits (8 x 8 grey images). Then LoRA (rank 4) is fine-tuned on the
 query, key, value and output projections of every attention, once for each (micro-dataset, size): the recipe of the
-paper (Section 4) in small. A run that is stopped goes on where it was. `--pilot` makes the subset on which the recipe
-was chosen, in the work folder: no shipped model of `low_4` has seen its images.
+paper (Section 4) in small. In `recipes_4`, sets of images that `low_4` lacks are trained on by its recipe and by six
+others. A run that is stopped goes on where it was. `--pilot` makes the subset on which choices were made (the recipe;
+for `recipes_4`, the constants of checks), in the work folder: no shipped model of `low_4` or `recipes_4` has seen its
+images.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ import argparse
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,18 +35,50 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """What may differ between fine-tunes; the rest is the same for all.
+
+    Args:
+        batch: images a step, each under DRAWS draws of noise; a set of fewer images repeats them.
+        decay: of the learning rate, by a cosine to zero; else it is constant.
+    """
+
+    steps: int = 60
+    learning_rate: float = 5e-4
+    batch: int = 1
+    decay: bool = False
+
+
 RANK = 4
-SIZES = {"low_4": [1, 2, 3, 4, 5, 6], "medium_4": [1, 10, 20, 30, 40, 50]}
-MICRO_DATASETS = {"low_4": 40, "medium_4": 20}
-PILOT_MICRO_DATASETS = {"low_4": 20, "medium_4": 10}
+SIZES = {"low_4": [1, 2, 3, 4, 5, 6], "medium_4": [1, 10, 20, 30, 40, 50], "recipes_4": [1, 2, 3, 4, 5, 6]}
+MICRO_DATASETS = {"low_4": range(40), "medium_4": range(20), "recipes_4": range(60, 70)}  # of numbered hands
+PILOT_MICRO_DATASETS = {"low_4": range(40, 60), "medium_4": range(10), "recipes_4": range(72, 80)}
 BASE_IMAGES, FINE_TUNE_IMAGES = 74, 100  # of each digit, for the base model and then for fine-tunes
 BASE_STEPS, BASE_BATCH, BASE_LEARNING_RATE = 4000, 64, 1e-3
 TOKENS, WIDTH = 4, 32  # the condition of a digit: learned tokens (from one alone, attn2's to_q and to_k learn nothing)
-STEPS = {"low_4": 60, "medium_4": 100}
-LEARNING_RATE, WEIGHT_DECAY = 5e-4, 1e-2
-DRAWS = 8  # of noise for the one image of a step: 64 numbers, not the 16,384 of a latent, would leave a gradient noisy
+USUAL = Recipe()
+RECIPES = {
+    "low_4": {"": USUAL},
+    "medium_4": {"": Recipe(steps=100)},
+    "recipes_4": {
+        "as low_4": USUAL,
+        "learning rate x 2": Recipe(learning_rate=USUAL.learning_rate * 2),
+        "learning rate / 2": Recipe(learning_rate=USUAL.learning_rate / 2),
+        "steps x 2": Recipe(steps=USUAL.steps * 2),
+        "steps / 2": Recipe(steps=USUAL.steps // 2),
+        "batch x 4": Recipe(batch=USUAL.batch * 4),
+        "decay": Recipe(decay=True),
+    },
+}
+WEIGHT_DECAY = 1e-2
+DRAWS = 8  # of noise for each image of a step: 64 numbers, not the 16,384 of a latent, would leave a gradient noisy
 SEED = 0
-SHARD_MODELS = {"low_4": 48, "medium_4": 30}
+AT_ONCE = 48  # fine-tunes in one process
+PILOT_SEED = {"low_4": SEED, "medium_4": SEED, "recipes_4": 1}  # of fine-tunes
+SHARD_MODELS = {"low_4": 48, "medium_4": 30, "recipes_4": 84}
+PRECISION = {"low_4": torch.float32, "medium_4": torch.float32, "recipes_4": torch.float16}  # half of it, half the file
 SCHEDULE = DDPMScheduler()
 
 
@@ -59,21 +95,18 @@ def micro_datasets(subset: str, pilot: bool) -> dict[str | int, tuple[torch.Tens
     Images are dealt, none twice, the ten digits in a new random order for every micro-dataset: the images of a small
     one show different digits, those of a large one show all of them equally often.
     """
-    first, count = 0, MICRO_DATASETS[subset]
+    numbers = (PILOT_MICRO_DATASETS if pilot else MICRO_DATASETS)[subset]
     pool = [images[BASE_IMAGES : BASE_IMAGES + FINE_TUNE_IMAGES] for images in images_of_each_digit()]
-    if pilot and subset == "low_4":
-        first, count = count, PILOT_MICRO_DATASETS[subset]
-    elif pilot:  # the shipped subset takes every image of the pool, which leaves those of the base model
-        count = PILOT_MICRO_DATASETS[subset]
+    if pilot and subset == "medium_4":  # shipped models take every image of the pool, which leaves the base model's
         pool = [images[:BASE_IMAGES] for images in images_of_each_digit()]
     piles = [iter(images) for images in pool]
     random = np.random.default_rng(SEED)
     found: dict[str | int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for number in range(first + count):
+    for number in range(numbers.stop):
         digits = np.resize(random.permutation(10), max(SIZES[subset]))
-        name = f"hand_{number:02d}" if subset == "low_4" else number  # strings and numbers, as in LoRA-WiSE
+        name = number if subset == "medium_4" else f"hand_{number:02d}"  # numbers and strings, as in LoRA-WiSE
         found[name] = torch.stack([next(piles[digit]) for digit in digits]), torch.from_numpy(digits)
-    return dict(list(found.items())[first:])
+    return dict(list(found.items())[numbers.start :])
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -177,73 +210,129 @@ def columns_of(layer: str) -> tuple[str, str]:
     return f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"
 
 
-def fine_tune(base: Path, path: Path, images: torch.Tensor, digits: torch.Tensor, steps: int) -> None:
-    """One LoRA on images [size, 1, 8, 8] that show these digits, with batch 1 and a constant learning rate.
+class Model(NamedTuple):
+    """A fine-tune: its size, micro-dataset and recipe, the file of its weights, its images and the digits they show."""
 
-    The seed, and with it the LoRA's first weights, the noise and the time steps, is the same for every model.
+    size: int
+    name: str | int
+    recipe: str
+    path: Path
+    images: torch.Tensor
+    digits: torch.Tensor
+
+
+class Together(torch.nn.Module):
+    """A linear layer with the LoRAs of several models, whose inputs stand one model after the other in the batch.
+
+    Args:
+        layer: the base model's.
+        a: A as it is at first, the same for all models: [r, in].
     """
-    if path.exists():
-        return
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)  # of the LoRA's first weights
-    generator = torch.Generator().manual_seed(SEED)
-    order = shuffled_forever(len(images), torch.Generator().manual_seed(SEED))
-    unet, conditions = load_base(base)
+
+    def __init__(self, layer: torch.nn.Module, a: torch.Tensor, models: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.a = torch.nn.Parameter(a.repeat(models, 1, 1))
+        self.b = torch.nn.Parameter(torch.zeros(models, layer.out_features, len(a)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(len(self.a), -1, x.shape[-1])
+        return self.layer(x) + (rows @ self.a.mT @ self.b.mT).reshape(*x.shape[:-1], -1)
+
+
+def first_weights(base: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Layer -> A as PEFT draws it."""
+    torch.manual_seed(seed)
+    unet, _ = load_base(base)
     layers = adapted_layers(unet)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
+    found = get_peft_model_state_dict(unet)
+    return {layer: found[f"{layer}.lora_A.weight"].clone() for layer in layers}
+
+
+def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int) -> None:
+    """A LoRA for each model, all trained at the same time: a network this small spends its time between operations.
+
+    They don't touch each other: every model has its own images, order of images and weights. The seed, and with it the
+    LoRA's first weights, the noise and the time steps, is the same for all.
+    """
+    torch.set_num_threads(1)
+    first = first_weights(base, seed)
+    unet, conditions = load_base(base)
+    for layer, a in first.items():
+        unet.set_submodule(layer, Together(unet.get_submodule(layer), a, len(models)))
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    for _ in range(steps):
-        chosen = next(order)
-        image, condition = images[chosen].expand(DRAWS, -1, -1, -1), conditions[digits[chosen]].expand(DRAWS, -1, -1)
-        noise, times = draw_noise_evenly(DRAWS, generator)
-        loss = denoising_loss(unet, image, condition, noise, times).mean()
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [shuffled_forever(len(model.images), torch.Generator().manual_seed(seed)) for model in models]
+    for _ in range(recipe.steps):
+        chosen = [[next(order) for _ in range(recipe.batch)] for order in orders]
+        images = torch.cat([model.images[its] for model, its in zip(models, chosen, strict=True)])
+        digits = torch.cat([model.digits[its] for model, its in zip(models, chosen, strict=True)])
+        draws = [draw_noise_evenly(DRAWS, generator) for _ in range(recipe.batch)]
+        noise, times = (torch.cat(parts * len(models)) for parts in zip(*draws, strict=True))
+        images, conditioned = images.repeat_interleave(DRAWS, 0), conditions[digits.repeat_interleave(DRAWS)]
+        loss = denoising_loss(unet, images, conditioned, noise, times).view(len(models), -1).mean(1).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = get_peft_model_state_dict(unet)
-    weights = {}
-    for layer in layers:
-        a, b = columns_of(layer)
-        weights |= {a: found[f"{layer}.lora_A.weight"], b: found[f"{layer}.lora_B.weight"]}
-    save_whole(weights, path)
+        if recipe.decay:
+            decay.step()
+    for number, model in enumerate(models):
+        weights = {}
+        for layer in first:
+            together, (a, b) = unet.get_submodule(layer), columns_of(layer)
+            weights |= {a: together.a[number], b: together.b[number]}
+        save_whole(weights, model.path)
 
 
-def fine_tune_all(subset: str, work: Path, pilot: bool, processes: int) -> list[tuple[str | int, int, Path]]:
-    """Every (micro-dataset, size), one process a core: name, size and file of each, in a shuffled order."""
+def fine_tune_all(subset: str, work: Path, pilot: bool, processes: int) -> list[Model]:
+    """Every (micro-dataset, size, recipe), some at a time, one process a core: the models in a shuffled order."""
     base = work / "base.safetensors"
     train_base(base)
     folder = work / f"{subset}{'_pilot' * pilot}"
+    seed = PILOT_SEED[subset] if pilot else SEED
     models, runs = [], []
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        for name, (images, digits) in micro_datasets(subset, pilot).items():
-            for size in SIZES[subset]:
-                path = folder / f"{name}_{size}.safetensors"
-                models.append((name, size, path))
-                its_images = images[:size].clone()  # a view would be sent with all its images
-                runs.append(pool.submit(fine_tune, base, path, its_images, digits[:size].clone(), STEPS[subset]))
+        for recipe, how in RECIPES[subset].items():
+            its = []
+            for name, (images, digits) in micro_datasets(subset, pilot).items():
+                for size in SIZES[subset]:
+                    words = [str(name), str(size), *recipe.replace("/", "by").split()]
+                    path = folder / f"{'_'.join(words)}.safetensors"
+                    # a view of the images would be sent with all of them
+                    its.append(Model(size, name, recipe, path, images[:size].clone(), digits[:size].clone()))
+            models += its
+            left = [model for model in its if not model.path.exists()]
+            for start in range(0, len(left), AT_ONCE):
+                runs.append(pool.submit(fine_tune, base, left[start : start + AT_ONCE], how, seed))
         for run in tqdm(runs, desc=folder.name, mininterval=10):
             run.result()
     order = np.random.default_rng(SEED).permutation(len(models))  # LoRA-WiSE's rows are in no useful order either
     return [models[index] for index in order]
 
 
-def write_shards(models: list[tuple[str | int, int, Path]], folder: Path, shard_models: int) -> None:
+def write_shards(subset: str, models: list[Model], folder: Path) -> None:
     """Parquet shards of flat float64 lists, one row group each, as on the Hub (but zstd, which halves them)."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("train-*.parquet"):
         old.unlink()
     layers = adapted_layers(new_unet())
-    shards = [models[start : start + shard_models] for start in range(0, len(models), shard_models)]
+    step = SHARD_MODELS[subset]
+    shards = [models[start : start + step] for start in range(0, len(models), step)]
     for number, shard in enumerate(shards):
-        weights = [load_file(path) for _, _, path in shard]
+        weights = [load_file(model.path) for model in shard]
         columns: dict[str, Any] = {
-            "label": pa.array([size for _, size, _ in shard], pa.int64()),
-            "name": pa.array([name for name, _, _ in shard]),
+            "label": pa.array([model.size for model in shard], pa.int64()),
+            "name": pa.array([model.name for model in shard]),
         }
+        if len(RECIPES[subset]) > 1:
+            columns["recipe"] = pa.array([model.recipe for model in shard])
+        of_models = list(columns)
         matrices = [column for layer in layers for column in columns_of(layer)]
         for column in matrices:
-            flat = [model[column].double().flatten().numpy() for model in weights]
+            flat = [tensors[column].to(PRECISION[subset]).double().flatten().numpy() for tensors in weights]
             columns[column] = pa.array(flat, pa.list_(pa.float64()))
         pq.write_table(
             pa.table(columns),
@@ -251,7 +340,7 @@ def write_shards(models: list[tuple[str | int, int, Path]], folder: Path, shard_
             row_group_size=len(shard),
             compression="zstd",
             compression_level=19,
-            use_dictionary=["label", "name"],
+            use_dictionary=of_models,
             column_encoding={f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in matrices},
         )
 
@@ -278,21 +367,24 @@ def write_card(output: Path) -> None:
 
 def card(subsets: list[str]) -> str:
     """The text under the header."""
-    layers = len(adapted_layers(new_unet()))
+    layers, recipes = len(adapted_layers(new_unet())), RECIPES["recipes_4"]
     rows = []
     for subset in subsets:
-        sizes, count = SIZES[subset], MICRO_DATASETS[subset]
-        rows.append(f"| {subset} | {' '.join(map(str, sizes))} | {count} | {count * len(sizes)} | {STEPS[subset]} |")
+        sizes, count, of = SIZES[subset], len(MICRO_DATASETS[subset]), RECIPES[subset]
+        steps = sorted({recipe.steps for recipe in of.values()})
+        cells = [sizes, [count], [len(of)], [count * len(sizes) * len(of)], steps]
+        rows.append(f"| {subset} | {' | '.join(' '.join(map(str, cell)) for cell in cells)} |")
     table = "\n".join(rows)
     return f"""
 # LoRA-WiSE in small
 
 Real LoRA fine-tunes in the layout of [LoRA-WiSE](https://huggingface.co/datasets/MoSalama98/LoRA-WiSE), small enough
 to ship: a row is a model, `label` the number of images it was fine-tuned on, `name` its micro-dataset, and every other
-column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out, {RANK}]).
+column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out, {RANK}]). In `recipes_4`, the column
+`recipe` says how the model was fine-tuned.
 
-| config | sizes | micro-datasets | models | steps |
-|---|---|---|---|---|
+| config | sizes | micro-datasets | recipes | models | steps |
+|---|---|---|---|---|---|
 {table}
 
 - Images: the digits of scikit-learn (`load_digits`: the test set of E. Alpaydin and C. Kaynak's Optical Recognition
@@ -303,16 +395,25 @@ column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out,
   {BASE_LEARNING_RATE:g} decayed by a cosine), conditioned on {TOKENS} learned tokens a digit. Fine-tunes take their
   images from the next {FINE_TUNE_IMAGES} of each digit.
 - Fine-tune: LoRA of rank {RANK} on the query, key, value and output projections; one image a step, under {DRAWS} draws
-  of noise with evenly spread time steps; AdamW, constant learning rate {LEARNING_RATE:g}, weight decay
+  of noise with evenly spread time steps; AdamW, constant learning rate {USUAL.learning_rate:g}, weight decay
   {WEIGHT_DECAY:g}; the tokens of the image's digit as condition; seed {SEED} for every model.
+- Recipes: in `recipes_4` every hand is trained on at every size under {len(recipes)} recipes, that of `low_4`
+  (`as low_4`) and those that differ from it in one thing: twice or half the learning rate, twice or half the steps,
+  {recipes["batch x 4"].batch} images a step (each under {DRAWS} draws of noise; a set of fewer images repeats them), or
+  a learning rate that decays to zero by a cosine (`decay`). `low_4` has none of its hands. Its weights are rounded to
+  half precision (float16), in which LoRAs are commonly saved, before they are written as float64 like the others: that
+  halves the files.
 - The recipe was chosen on pilot models only (`--pilot` makes them), of other images than the shipped models':
-  {PILOT_MICRO_DATASETS["low_4"]} more hands for `low_4`; and, since `medium_4` uses up the images for fine-tunes,
-  {PILOT_MICRO_DATASETS["medium_4"]} hands of the base model's images for that. Micro-datasets of a single digit
+  {len(PILOT_MICRO_DATASETS["low_4"])} more hands for `low_4`; and, since `medium_4` uses up the images for fine-tunes,
+  {len(PILOT_MICRO_DATASETS["medium_4"])} hands of the base model's images for that. Micro-datasets of a single digit
   were tried first, but at 8 x 8 such images are too much alike for their number to show as it does in the paper.
+  `recipes_4` has a pilot too, on which checks of recipes are set: {len(PILOT_MICRO_DATASETS["recipes_4"])} more hands,
+  and seed {PILOT_SEED["recipes_4"]} for every model.
 - Made with torch {version("torch")}, diffusers {version("diffusers")} and peft {version("peft")} on a CPU by
 
       python tests/make_tiny_wise.py --subset low_4
       python tests/make_tiny_wise.py --subset medium_4
+      python tests/make_tiny_wise.py --subset recipes_4
 
 Licence: MIT.
 """
@@ -328,7 +429,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.work / "pilot" if arguments.pilot else arguments.output
     models = fine_tune_all(arguments.subset, arguments.work, arguments.pilot, arguments.processes)
-    write_shards(models, output / arguments.subset.replace("_", "/"), SHARD_MODELS[arguments.subset])
+    write_shards(arguments.subset, models, output / arguments.subset.replace("_", "/"))
     write_card(output)
 
 

@@ -26,7 +26,7 @@ from huggingface_hub import HfFileSystem, constants
 
 import dsire
 
-SUBSET = ("--subset=low_4", "--rank=4")
+SUBSET = (f"--dataset={dsire.LORA_WISE}", "--subset=low_4", "--rank=4")
 FIRST, SECOND, THIRD = (f"train-0000{number}-of-00003.parquet" for number in range(3))
 
 
@@ -88,7 +88,7 @@ def test_shards_are_fetched_once_deleted_and_not_needed_again(
 def test_the_shipped_subset_from_the_hub(run: Run, hub: HubStandIn, tiny_wise: Path) -> None:
     hub.add(tiny_wise, "somebody/tiny-wise")
     local = run()
-    remote = run("--dataset=somebody/tiny-wise", *SUBSET)
+    remote = run(*SUBSET, "--dataset=somebody/tiny-wise")
     assert (local.code, remote.code) == (0, 0), remote.err
     assert remote.predictions == local.predictions
 
@@ -117,7 +117,7 @@ def test_the_next_shard_is_fetched_meanwhile_and_two_at_most_are_on_the_disk(
         return compute(path, *arguments)
 
     monkeypatch.setattr(dsire, "shard_spectra", compute_slowly)
-    assert run("--dataset=somebody/five", *SUBSET).code == 0
+    assert run(*SUBSET, "--dataset=somebody/five").code == 0
     assert [len(files) for files in on_disk] == [2, 2, 2, 2, 1]
 
 
@@ -213,7 +213,7 @@ def test_no_such_subset(run: Run, hub: HubStandIn) -> None:
 
 
 def test_no_such_repository(run: Run, hub: HubStandIn) -> None:
-    assert run("--dataset=nobody/nothing", *SUBSET).says("nobody/nothing", hub.endpoint, "HF_TOKEN")
+    assert run(*SUBSET, "--dataset=nobody/nothing").says("nobody/nothing", hub.endpoint, "HF_TOKEN")
 
 
 def test_gated_without_token_and_with_it(

@@ -1,0 +1,168 @@
+"""How sure: label-conditional sets, and the check that a file is of a labelled recipe and size."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+import dsire
+
+SIZES = (1, 4, 16)
+
+
+def made_up(
+    micro_datasets: int, seed: int = 0, factor: float = 1.0, recipe: str = "", voters: int = 6
+) -> dsire.Spectra:
+    """Norms that shrink with the size, times a factor of the recipe, under a noise of the model's own."""
+    draw = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor(SIZES * micro_datasets)
+    names = [number for number in range(micro_datasets) for _ in SIZES]
+    noise = 0.1 * torch.randn(voters, len(sizes), 1, generator=draw, dtype=torch.float64)
+    spectrum = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    values = factor * spectrum * sizes.double()[:, None] ** -0.3 * noise.exp()
+    order = [dsire.Voter(f"layer_{row // 3}", dsire.MATRICES[row % 3]) for row in range(voters)]
+    shapes = {voter.layer: [3, 3, 2] for voter in order}
+    return dsire.Spectra(values, sizes, names, order, shapes, recipes=[recipe] * len(names) if recipe else [])
+
+
+def together(*parts: dsire.Spectra) -> dsire.Spectra:
+    return dsire.join_shards(list(parts), ["part"] * len(parts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets
+
+
+def test_the_p_value_of_a_size_in_exact_fractions() -> None:
+    """Three units; the new model's shares of size 1 at the turns are 1/2, 1/4 and 3/4, of size 2 1/2, 3/4 and 1/4.
+
+    Size 1: unit 0 has one model (share 1/4: not above 1/2, so it counts), unit 1 two (1/4 and 1/2: half of them count
+    against 1/4), unit 2 none; p = (1 + 1 + 1/2) / 3. Size 2: one model each, 3/4 (not), 3/4 (as large: counts), 0
+    (counts): p = (1 + 0 + 1 + 1) / 4.
+    """
+    sizes, units = torch.tensor([1, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 0, 1, 2])
+    true = torch.tensor([1 / 4, 1 / 4, 1 / 2, 3 / 4, 3 / 4, 0], dtype=torch.float64)
+    turns = torch.tensor([[[1 / 2, 1 / 2]], [[1 / 4, 3 / 4]], [[3 / 4, 1 / 4]]], dtype=torch.float64)
+    none = dsire.Prediction(sizes, torch.tensor([1, 2]), torch.zeros(6, 2))
+    p = dsire.conformal_p(sizes, units, dsire.LeftOut(none, true, torch.tensor([1, 2]), turns))
+    assert p.tolist() == [[pytest.approx(float(Fraction(5, 6))), pytest.approx(float(Fraction(3, 4)))]]
+
+
+def test_a_size_that_is_not_labelled_is_compared_with_the_nearest_one_that_is() -> None:
+    """Of 1 and 16, 3 is nearer to 1 and 5 to 16 (in log), whatever conforms."""
+    sizes, units = torch.tensor([1, 16, 1, 16]), torch.tensor([0, 0, 1, 1])
+    true = torch.tensor([-1.0, 0, -1, 0], dtype=torch.float64)  # those of size 1 conform badly, those of 16 perfectly
+    candidates = torch.tensor([3, 5])
+    none = dsire.Prediction(sizes, torch.tensor([1, 16]), torch.zeros(4, 2))
+    left_out = dsire.LeftOut(none, true, candidates, torch.full((2, 1, 2), -0.5, dtype=torch.float64))
+    assert dsire.conformal_p(sizes, units, left_out).tolist() == [[1, pytest.approx(1 / 3)]]
+
+
+@pytest.mark.parametrize("predictor", ["dsire", "log-ridge", "log-regression"])
+def test_every_size_is_covered(predictor: str) -> None:
+    """Ten times 20 micro-datasets to label and 10 more to ask, all exchangeable.
+
+    With 20 models of a size the share that is held has a standard deviation of 6.5 % (a beta distribution of 19 and 2),
+    beside that of ten new ones, 9.5 %: over ten draws 3.6 %.
+    """
+    held: dict[int, list[bool]] = {size: [] for size in SIZES}
+    right = asked = 0
+    for turn in range(10):
+        fitted, new = made_up(20, seed=100 + turn), made_up(10, seed=200 + turn)
+        found = dsire.estimates(fitted, [new.of_models(torch.tensor([row])) for row in range(30)], predictor, 0.9)
+        for one, size in zip(found, new.sizes.tolist(), strict=True):
+            held[size].append(one.holds(size))
+            right, asked = right + one.alike[3], asked + one.alike[2]
+    for its in held.values():
+        assert sum(its) / 100 >= 0.9 - 3 * 0.036
+    if predictor == "log-regression":  # right means within the interval
+        assert right / asked == pytest.approx(0.9, abs=0.05)
+        assert all(len(one.confidence_set) in (0, 2) for one in found)
+
+
+def test_few_micro_datasets_are_said() -> None:
+    four = made_up(4)
+    (note,) = dsire.what_can_be_supported(four.sizes, four.micro_datasets, 0.9, "micro-dataset")
+    assert "4 micro-datasets" in note
+    assert "80%" in note
+    assert "9 or more" in note
+    assert dsire.what_can_be_supported(made_up(9).sizes, made_up(9).micro_datasets, 0.9, "micro-dataset") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check
+
+
+def p_of(fitted: dsire.Spectra, new: dsire.Spectra) -> torch.Tensor:
+    return dsire.check_recipe(fitted, new, fitted.micro_datasets).p
+
+
+def test_p_is_uniform_for_one_more_of_the_labelled() -> None:
+    """200 new models: p is at or below a bound about as often as the bound says (three standard errors)."""
+    new = torch.cat([p_of(made_up(12, seed=2 * turn), made_up(4, seed=2 * turn + 1)) for turn in range(16)])
+    for bound in (0.05, 0.1, 0.25, 0.5):
+        share, error = float((new <= bound).double().mean()), (bound * (1 - bound) / len(new)) ** 0.5
+        assert share <= bound + 3 * error
+        assert share >= bound - 4 * error - 1 / 37
+
+
+@pytest.mark.parametrize("factor", [1.5, 1 / 1.5, 1e30, 1e-30])
+@pytest.mark.parametrize("matrix", ["A", "B", "BA"])
+def test_one_kind_of_matrix_alone_is_seen_and_named(matrix: str, factor: float) -> None:
+    fitted, new = made_up(12), made_up(1, seed=5)
+    rows = torch.tensor([voter.matrix == matrix for voter in new.voters])
+    wrong = dsire.replace(new, values=torch.where(rows[:, None, None], factor, 1) * new.values)
+    files = [wrong.of_models(torch.tensor([row])) for row in range(3)]
+    for one in dsire.estimates(fitted, files, "log-ridge", 0.9):
+        assert one.recipe_p <= 0.05
+        assert "not comparable" in one.first[0]
+        if abs(factor - 1) > 1:
+            assert f"{matrix} is " in one.first[1]
+            assert ("another alpha" in one.first[1]) == (matrix == "BA")
+
+
+def test_one_layer_alone_is_seen() -> None:
+    fitted, new = made_up(12), made_up(1, seed=5)
+    values = new.values.clone()
+    values[0] *= 1e30
+    assert (p_of(fitted, dsire.replace(new, values=values)) <= 0.05).all()
+
+
+def test_the_nearest_recipe_and_size_are_told() -> None:
+    """Recipes a and b differ by a factor of 3; a file of b's is b's, and as known as one of a's."""
+    both = together(made_up(8, 0, 1.0, "a"), made_up(8, 1, 3.0, "b"))
+    for factor, recipe in ((1.0, "a"), (3.0, "b")):
+        new = made_up(4, 7, factor)
+        check = dsire.check_recipe(both, new, both.micro_datasets)
+        assert [both.recipes[model] for model in check.nearest.tolist()] == [recipe] * 12
+        assert float((check.p > 0.05).double().mean()) > 0.8
+    assert (p_of(both, made_up(4, 7, 30.0)) <= 0.05).all()
+
+
+def test_one_concept_under_two_recipes_is_never_on_both_sides() -> None:
+    both = together(made_up(6, 0, 1.0, "a"), made_up(6, 1, 3.0, "b"))
+    for run in dsire.splits(both.micro_datasets, dsire.Protocol(5, 3, 0)):
+        train, test = both.of_models(run.train), both.of_models(run.test)
+        assert not set(train.names) & set(test.names)
+        assert set(train.recipes) == set(test.recipes) == {"a", "b"}
+
+
+def test_this_very_model_is_named() -> None:
+    fitted = made_up(12)
+    copy = fitted.of_models(torch.tensor([7]))
+    (one,) = dsire.estimates(fitted, [copy], "log-ridge", 0.9)
+    assert any("this very model" in warning and "2 of 4 images" in warning for warning in one.warnings)
+    for change in (1 + 1e-3, 1e300):
+        values = copy.values.clone()
+        values[0] *= change
+        (one,) = dsire.estimates(fitted, [dsire.replace(copy, values=values)], "log-ridge", 0.9)
+        assert not any("this very model" in warning for warning in one.warnings)
+
+
+def test_models_alike_are_all_that_are_tied() -> None:
+    """Of 240 with the same share, 216 right and the 24 wrong ones first: none is cut."""
+    shares, right = torch.ones(240, dtype=torch.float64), torch.arange(240) >= 24
+    assert dsire.models_alike(1.0, shares, right) == [1, 1, 240, 216]
+    assert dsire.models_alike(1.0, torch.linspace(0.57, 0.84, 24, dtype=torch.float64), right[:24])[2] == 0
