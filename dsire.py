@@ -1339,17 +1339,18 @@ def ldm_in_diffusers(name: str) -> str:
     LDM counts the parts of all blocks in one row. SD 1.5, SD 2 and SDXL have two resnets in a down block and three in
     an up block, each with or without attention, and the third part of a down block is its sampler: three parts a block.
     """
-    match = re.fullmatch(r"(input|middle|output)_blocks?_(\d{1,3})_(?:(\d)_)?(.+)", name)
-    if not match or name in LDM_OUTSIDE:
+    if middle := re.fullmatch(r"middle_block_([012])_(.+)", name):  # resnet, attention, resnet
+        place = ("resnets_0", "attentions_0", "resnets_1")[int(middle[1])]
+        return f"mid_block_{place}_{LDM_RESNET.get(middle[2], middle[2])}"
+    match = re.fullmatch(r"(input|output)_blocks_([0-9]{1,3})_([0-9])_(.+)", name)
+    if not match:
         return LDM_OUTSIDE.get(name, name)
-    side, number, part, inner = match.groups()
-    block, index = divmod(int(number) - (side == "input"), 3)
-    place = f"{'down' if side == 'input' else 'up'}_blocks_{block}"
-    if side == "middle":  # resnet, attention, resnet
-        place, part, index = "mid_block", str(int(number) % 2), int(number) // 2
-    elif inner in ("op", "conv"):
-        return f"{place}_{'down' if side == 'input' else 'up'}samplers_0_conv"
-    return f"{place}_{'attentions' if part == '1' else 'resnets'}_{index}_{LDM_RESNET.get(inner, inner)}"
+    side = "down" if match[1] == "input" else "up"
+    block, index = divmod(int(match[2]) - (side == "down"), 3)
+    if match[4] in ("op", "conv"):
+        return f"{side}_blocks_{block}_{side}samplers_0_conv"
+    kind = "attentions" if match[3] == "1" else "resnets"
+    return f"{side}_blocks_{block}_{kind}_{index}_{LDM_RESNET.get(match[4], match[4])}"
 
 
 def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -1892,7 +1893,10 @@ def settings_of(pair: dict[str, str], settings: dict[str, dict[str, Any]]) -> tu
     match = MATRIX_KEY.fullmatch(pair["A"])
     assert match is not None
     network, path = in_network(match["layer"])
-    return {**settings.get(ANY_NETWORK, {}), **settings.get(network, {})}, path
+    own = {**settings.get(ANY_NETWORK, {}), **settings.get(network, {})}
+    if match["layer"].startswith(("lora_", "lycoris_")) and (own.get("alpha_pattern") or own.get("rank_pattern")):
+        raise DsireError(f"the patterns of its LoRA settings can't be matched to names such as {shown(match['layer'])}")
+    return own, path
 
 
 def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) -> Any:
