@@ -1333,7 +1333,7 @@ MATRIX_KEY = re.compile(
     r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?(?P<stream>[12]?)[._](?P<word>down|up|mid)(?:\.weight)?"
     r"|:(?P<numbered>down|up)"
     r"|\.lora_(?:embedding_)?(?P<letter>[ABab])(?:\.(?!weight|bias)[^.]+)?(?:\.weight)?"
-    r"|\.(?P<alpha>(?:lora_)?alpha)"
+    r"|\.(?P<alpha>alpha)"
     r"|\.(?P<magnitude>(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.[^.]+)*|m))"
 )
 MATRIX_OF_WORD = {"down": "A", "up": "B", "mid": "mid"}
@@ -1406,26 +1406,28 @@ def ldm_in_diffusers(name: str) -> str:
     LDM counts the parts of all blocks in one row. SD 1.5, SD 2 and SDXL have two resnets in a down block and three in
     an up block, each with or without attention, and the third part of a down block is its sampler: three parts a block.
     """
-    match = re.fullmatch(r"(input|middle|output)_blocks?_(\d{1,3})_(?:(\d)_)?(.+)", name)
-    if not match or name in LDM_OUTSIDE:
+    if middle := re.fullmatch(r"middle_block_([012])_(.+)", name):  # resnet, attention, resnet
+        place = ("resnets_0", "attentions_0", "resnets_1")[int(middle[1])]
+        return f"mid_block_{place}_{LDM_RESNET.get(middle[2], middle[2])}"
+    match = re.fullmatch(r"(input|output)_blocks_([0-9]{1,3})_([0-9])_(.+)", name)
+    if not match:
         return LDM_OUTSIDE.get(name, name)
-    side, number, part, inner = match.groups()
-    block, index = divmod(int(number) - (side == "input"), 3)
-    place = f"{'down' if side == 'input' else 'up'}_blocks_{block}"
-    if side == "middle":  # resnet, attention, resnet
-        place, part, index = "mid_block", str(int(number) % 2), int(number) // 2
-    elif inner in ("op", "conv"):
-        return f"{place}_{'down' if side == 'input' else 'up'}samplers_0_conv"
-    return f"{place}_{'attentions' if part == '1' else 'resnets'}_{index}_{LDM_RESNET.get(inner, inner)}"
+    side = "down" if match[1] == "input" else "up"
+    block, index = divmod(int(match[2]) - (side == "down"), 3)
+    if match[4] in ("op", "conv"):
+        return f"{side}_blocks_{block}_{side}samplers_0_conv"
+    kind = "attentions" if match[3] == "1" else "resnets"
+    return f"{side}_blocks_{block}_{kind}_{index}_{LDM_RESNET.get(match[4], match[4])}"
 
 
-def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; and the other keys.
 
-    A layer with one of A and B only is no layer: its keys are among the others.
+    Args:
+        strays: whether layers with one of A and B only, fewer than the whole ones, may be among the other keys.
 
     Raises:
-        DsireError: another method than LoRA, the same matrix twice, no layer, or fewer whole ones than others.
+        DsireError: another method than LoRA, the same matrix twice, a layer with one of A and B only, or no layer.
     """
     found: dict[str, dict[str, str]] = {}
     others = []
@@ -1449,7 +1451,7 @@ def lora_layers(keys: Iterable[str], file: str) -> tuple[dict[str, dict[str, str
         pair[matrix] = key
     layers = {layer: pair for layer, pair in found.items() if {"A", "B"} <= pair.keys()}
     partial = [pair for layer, pair in found.items() if layer not in layers]
-    if len(partial) > len(layers):
+    if len(partial) > (len(layers) if strays else 0):
         lone = next(iter(partial[0].values()))
         lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B"
         raise DsireError(f"{file}: {shown(lone)} has no partner: the layer's {lacking} is missing")
@@ -1959,7 +1961,10 @@ def settings_of(pair: dict[str, str], settings: dict[str, dict[str, Any]]) -> tu
     match = MATRIX_KEY.fullmatch(pair["A"])
     assert match is not None
     network, path = in_network(match["layer"])
-    return {**settings.get(ANY_NETWORK, {}), **settings.get(network, {})}, path
+    own = {**settings.get(ANY_NETWORK, {}), **settings.get(network, {})}
+    if match["layer"].startswith(("lora_", "lycoris_")) and (own.get("alpha_pattern") or own.get("rank_pattern")):
+        raise DsireError(f"the patterns of its LoRA settings can't be matched to names such as {shown(match['layer'])}")
+    return own, path
 
 
 def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) -> Any:
@@ -2030,7 +2035,7 @@ def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, T
     Raises:
         DsireError: matrices that do not fit each other, or not of floating point numbers.
     """
-    layers, _ = lora_layers(weights.keys, path.name)
+    layers, _ = lora_layers(weights.keys, path.name, strays=True)
     settings = lora_settings(path, weights.header)
     for layer, pair in layers.items():
         a, b = (read_tensor(weights, pair[matrix], path.name) for matrix in ("A", "B"))
@@ -2072,7 +2077,7 @@ def file_spectra(path: Path) -> Spectra:
     spectra, shapes, named, inits = {}, {}, {}, set()
     unscaled = zero = untrained = 0
     with open_model(path) as weights, one_thread_each():
-        layers, others = lora_layers(weights.keys, path.name)
+        layers, others = lora_layers(weights.keys, path.name, strays=True)
         settings = lora_settings(path, weights.header)
         for layer, a, b, scale in lora_matrices(path, weights):
             pair = layers[layer]

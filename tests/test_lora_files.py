@@ -84,8 +84,8 @@ def test_a_file_of_any_layout_has_the_spectra_of_its_matrices(
     lora = lora_of(unet)
     found = dsire.file_spectra(write(tmp_path / f"lora{ending}", by_hand(layout, lora, alpha=6)))
     assert_spectra(found, spectra_by_the_book(lora, 1.5 if layout in STATES_ALPHA else 1))
-    unsaid = layout == "adapter name"
-    assert found.notes == ["the file does not state alpha (no adapter_config.json): BA is taken with scale 1"] * unsaid
+    unsaid = layout not in STATES_ALPHA
+    assert found.notes == ["the file does not state alpha: BA is taken with scale 1"] * unsaid
 
 
 def test_the_estimate_and_the_votes_do_not_depend_on_the_writer(tmp_path: Path, run: Run) -> None:
@@ -322,7 +322,8 @@ def test_dora_is_read_without_its_magnitude_and_says_so(tmp_path: Path) -> None:
 
 def test_other_tensors_are_counted(tmp_path: Path) -> None:
     extra = {"emb_params": torch.ones(2, 3), "bundle_emb.word": torch.ones(2)}
-    (note,) = dsire.file_spectra(write(tmp_path / "lora.safetensors", one_layer() | extra)).notes
+    alpha = torch.tensor(2.0)
+    (note,) = dsire.file_spectra(write(tmp_path / "lora.safetensors", one_layer(alpha=alpha) | extra)).notes
     assert note.startswith("2 tensors")
     assert "bundle_emb.word" in note or "emb_params" in note
 
@@ -443,10 +444,11 @@ def test_a_config_without_alpha_means_the_default_of_peft(tmp_path: Path) -> Non
     assert scale == LoraConfig().lora_alpha / 2
 
 
-def test_the_rank_is_that_of_the_matrices_whatever_the_config_says(tmp_path: Path) -> None:
-    """A rank that isn't true, here a negative one, can't be used for the scale."""
-    ((_, _, scale),) = matrices_in(adapter(tmp_path, {"r": -7, "lora_alpha": 3})).values()
-    assert scale == 1.5
+@pytest.mark.parametrize("r", [-7, 8, True, "2"])
+def test_a_rank_that_is_not_that_of_the_matrices_is_refused(r: Any, tmp_path: Path) -> None:
+    """Then the settings are those of another file, or A and B are no plain pair."""
+    with pytest.raises(dsire.DsireError, match=r"r is .*has rank 2"):
+        matrices_in(adapter(tmp_path, {"r": r, "lora_alpha": 3}))
 
 
 @pytest.mark.parametrize("pattern", ["x", "other|x", "^x", "[a-z]", ".*"])
@@ -478,7 +480,7 @@ def test_alpha_patterns(pattern: str, tmp_path: Path) -> None:
 )
 def test_a_stated_size_and_its_source(header: dict[str, Any], size: int, key: str, tmp_path: Path) -> None:
     text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in header.items()}
-    found = dsire.file_spectra(write(tmp_path / "kohya.safetensors", one_layer(), text))
+    found = dsire.file_spectra(write(tmp_path / "kohya.safetensors", one_layer(alpha=torch.tensor(2.0)), text))
     assert found.sizes.tolist() == [size]
     (note,) = found.notes
     assert f"{size} images" in note
@@ -518,7 +520,7 @@ def loras(draw: st.DrawFn) -> Lora:
     word = st.from_regex(r"[a-z][a-z0-9]{0,6}|[0-9]", fullmatch=True)
     paths = draw(
         st.lists(
-            st.lists(word, min_size=1, max_size=4).map(lambda parts: ".".join(["net", *parts])), min_size=1, max_size=4
+            st.lists(word, min_size=1, max_size=4).map(lambda parts: ".".join(["body", *parts])), min_size=1, max_size=4
         )
     )
     lora = {}
