@@ -1184,20 +1184,30 @@ def by_size(spectra: Spectra, experiments: list[Experiment]) -> dict[str, list[E
     return rows
 
 
+def without_size(spectra: Spectra, run: Split, size: int) -> Split:
+    """A split whose test models, all of one size, are to be told from training models of all other sizes."""
+    return Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
+
+
 def unseen_sizes(spectra: Spectra, runs: list[Split]) -> list[list[Split]]:
-    """For each split, one for each size between two others: to be told from training models of all other sizes.
+    """For each split those without one size that lies between two others.
 
     A classifier's best answer is a neighbouring size; a regression can name the size itself.
     """
-    between = spectra.sizes.unique()[1:-1].tolist()
-    gaps = [
-        [
-            Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
-            for size in between
-        ]
-        for run in runs
-    ]
+    gaps = [[without_size(spectra, run, size) for size in spectra.sizes.unique()[1:-1].tolist()] for run in runs]
     return [[gap for gap in its if len(gap.train) and len(gap.test)] for its in gaps]
+
+
+def flagged_if_unlabelled(spectra: Spectra, runs: list[Split]) -> dict[int, float]:
+    """Of the test models of each size, the share said not to be comparable if their size is not labelled."""
+    flagged: dict[int, list[Tensor]] = {}
+    for size in spectra.sizes.unique().tolist():
+        for gap in (without_size(spectra, run, size) for run in runs):
+            if len(gap.train) and len(gap.test):
+                fitted, new = spectra.of_models(gap.train), spectra.of_models(gap.test)
+                p = check_recipe(fitted, new, fitted.micro_datasets).p
+                flagged.setdefault(size, []).append(p <= NOT_COMPARABLE)
+    return {size: float(torch.cat(its).double().mean()) for size, its in flagged.items()}
 
 
 def judge_together(spectra: Spectra, gaps: list[list[Split]], predictions: Iterable[Prediction]) -> list[Experiment]:
@@ -1270,12 +1280,14 @@ class Comparison(NamedTuple):
         tables: title -> row -> experiments; the first table, "compare", has all predictors and kinds of matrices.
         accuracies: of each voter alone, in %, mean over the experiments: float64 [voters].
         sure: predictor -> `how_sure` of each split.
+        unlabelled: `flagged_if_unlabelled`.
         recipes: `by_recipe`; empty where there is one recipe.
     """
 
     tables: dict[str, dict[str, list[Experiment]]]
     accuracies: Tensor
     sure: dict[str, list[Tensor]]
+    unlabelled: dict[int, float]
     recipes: dict[str, Tensor]
 
 
@@ -1287,7 +1299,7 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
     gaps = unseen_sizes(spectra, runs)
     groups = {"runs": runs, "gaps": [gap for its in gaps for gap in its]}
     others = ("frobenius", "whole-model", "ridge", "gda")
-    with tqdm(total=len(others) + 5, unit="predictor", disable=None) as progress:
+    with tqdm(total=len(others) + 6, unit="predictor", disable=None) as progress:
 
         def done(found: T) -> T:
             progress.update()
@@ -1299,6 +1311,7 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
         sure = {
             name: done([how_sure(spectra, run, PREDICTORS[name]) for run in runs]) for name in ("dsire", "log-ridge")
         }
+        unlabelled = done(flagged_if_unlabelled(spectra, runs))
         recipes = done(by_recipe(spectra, runs) if spectra.of_recipe.any() else {})
     found["dsire"], found["dsire-average"] = [*map(majority, votes["runs"])], [*map(average, votes["runs"])]
     found["log-ridge"], found["log-regression"] = fits["runs"], [*map(unrounded, fits["runs"])]
@@ -1320,7 +1333,8 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
         "unseen_sizes": {name: judge_together(spectra, gaps, its) for name, its in unseen.items() if any(gaps)},
     }
     hits = [named == spectra.sizes[run.test] for (named, _), run in zip(votes["runs"], runs, strict=True)]
-    return Comparison(tables, 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0), sure, recipes)
+    accuracies = 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0)
+    return Comparison(tables, accuracies, sure, unlabelled, recipes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3086,7 +3100,7 @@ def comparison_lines(
     spectra: Spectra, comparison: Comparison, paper: dict[str, tuple[tuple[float, float], ...]]
 ) -> list[str]:
     """The tables of `--compare`: the first one with the difference of the MAE to dsire's, and the paper's values."""
-    tables, accuracies, sure, recipes = comparison
+    tables, accuracies, *_ = comparison
     rows = tables["compare"]
     title = f"\n{'':15}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>17}"
     lines = [title + (f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")]
@@ -3111,18 +3125,21 @@ def comparison_lines(
 
 
 def sure_lines(spectra: Spectra, comparison: Comparison) -> list[str]:
-    """How often the 90 % set holds the true size, and how many sizes it has, by size; the check's false alarms."""
+    """How often the 90 % set holds the true size, and how many sizes it has, by size; how often the check speaks."""
     sizes, tests = spectra.sizes, [run.test for run in comparison.tables["compare"]["dsire"]]
     head = "".join(f"{name + ' holds %':>20}{'sizes':>8}" for name in comparison.sure)
-    lines = [f"\n{'the 90 % set':16}{head}{'not comparable %':>18}"]
+    lines, checks = [f"\n{'the 90 % set':16}{head}"], []
     for size in [*sizes.unique().tolist(), 0]:
         cells = ""
         for tables in comparison.sure.values():
             its = [table[sizes[test] == size] if size else table for table, test in zip(tables, tests, strict=True)]
             _, held, members, flagged = torch.cat(its).mean(0).tolist()
             cells += f"{100 * held:20.1f}{members:8.2f}"
-        lines.append(f"{size or 'all':<16}{cells}{100 * flagged:18.1f}")
-    return lines + (recipe_lines(spectra, comparison.recipes) if comparison.recipes else [])
+        lines.append(f"{size or 'all':<16}{cells}")
+        unlabelled = f"{100 * comparison.unlabelled[size]:24.1f}" if size in comparison.unlabelled else ""
+        checks.append(f"{size or 'all':<24}{100 * flagged:20.1f}{unlabelled}")
+    lines.append(f"\n{'not comparable %':24}{'size labelled':>20}{'size not labelled':>24}")
+    return lines + checks + (recipe_lines(spectra, comparison.recipes) if comparison.recipes else [])
 
 
 def recipe_lines(spectra: Spectra, recipes: dict[str, Tensor]) -> list[str]:
