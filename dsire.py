@@ -691,7 +691,8 @@ def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]
 
 NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
 REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
-FIRST = ("untrained", "only ")  # how those notes of a file begin that say that it can't be judged, or hardly
+UNTRAINED = "untrained: BA is zero in every layer, an estimate means nothing"
+FIRST = (UNTRAINED, "only ")  # how those notes of a file begin that say that it can't be judged, or hardly
 
 
 @dataclass(frozen=True)
@@ -1018,7 +1019,7 @@ def estimates(
             one = replace(one, recipe_p=float(check.p[row]))
             if fitted.of_recipe.any():
                 one = replace(one, recipe=fitted.recipes[int(check.nearest[row])])
-            if one.recipe_p <= NOT_COMPARABLE and same is None:
+            if one.recipe_p <= NOT_COMPARABLE and same is None and UNTRAINED not in said:
                 first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
                 first.extend(filter(None, [beyond[row]]))
         if one.confidence_set and not one.holds(one.estimate):
@@ -2133,8 +2134,7 @@ def file_spectra(path: Path) -> Spectra:
     if zero:
         notes.append(f"alpha is 0 in {zero} of {len(layers)} layers: their BA counts as zero")
     if untrained:
-        all_of_them = "untrained: BA is zero in every layer, an estimate means nothing"
-        notes.append(all_of_them if untrained == len(layers) else f"BA is zero in {untrained} of {len(layers)} layers")
+        notes.append(UNTRAINED if untrained == len(layers) else f"BA is zero in {untrained} of {len(layers)} layers")
     if stated:
         notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
     rank = max(shape[2] for shape in shapes.values())

@@ -263,7 +263,7 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int) -> Non
         unet.set_submodule(layer, Together(unet.get_submodule(layer), a, len(models)))
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.steps))
     generator = torch.Generator().manual_seed(seed)
     orders = [shuffled_forever(len(model.images), torch.Generator().manual_seed(seed)) for model in models]
     for _ in range(recipe.steps):
@@ -419,14 +419,34 @@ Licence: MIT.
 """
 
 
+def write_examples(work: Path, output: Path) -> None:
+    """LoRA files that an estimate from `low_4` has something to say of; their images are a pilot's."""
+    base = work / "base.safetensors"
+    train_base(base)
+    images, digits = micro_datasets("recipes_4", pilot=True)["hand_72"]
+    many = torch.cat([of_digit[BASE_IMAGES + 90 : BASE_IMAGES + 92] for of_digit in images_of_each_digit()])
+    which = torch.arange(10).repeat_interleave(2)
+    for name, its_images, its_digits, recipe in (
+        ("other_recipe", images[:3], digits[:3], RECIPES["recipes_4"]["steps x 2"]),
+        ("twenty_images", many, which, USUAL),
+        ("untrained", images[:3], digits[:3], Recipe(steps=0)),
+    ):
+        model = Model(len(its_images), name, "", output / f"{name}.safetensors", its_images, its_digits)
+        fine_tune(base, [model], recipe, SEED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subset", choices=sorted(SIZES), default="low_4")
     parser.add_argument("--work", type=Path, default=Path(".cache/make_tiny_wise"), help="where fine-tunes are kept")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny_wise")
     parser.add_argument("--pilot", action="store_true", help="make the pilot's subset, in the work folder")
+    parser.add_argument("--examples", action="store_true", help="make the LoRA files of tests/examples")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
+    if arguments.examples:
+        write_examples(arguments.work, Path(__file__).parent / "examples")
+        return
     output = arguments.work / "pilot" if arguments.pilot else arguments.output
     models = fine_tune_all(arguments.subset, arguments.work, arguments.pilot, arguments.processes)
     write_shards(arguments.subset, models, output / arguments.subset.replace("_", "/"))
