@@ -3048,7 +3048,7 @@ def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
     """
     if source.shards[0].is_lora:
         return 0, []  # such files say it themselves, layer by layer
-    match = re.fullmatch(r"(?:low|medium|high|rank|r)_(\d+)(_\d+)?", source.subset)
+    match = re.fullmatch(r"(?:low|medium|high|recipes|rank|r)_(\d+)(_\d+)?", source.subset)
     named = int(match[1]) if match else 0
     if rank and named and rank != named:
         return rank, [f"--rank={rank} is taken, though the name of subset {source.subset} tells rank {named}"]
