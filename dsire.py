@@ -691,6 +691,7 @@ def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]
 
 NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
 REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
+FIRST = ("untrained", "only ")  # how those notes of a file begin that say that it can't be judged, or hardly
 
 
 @dataclass(frozen=True)
@@ -837,59 +838,95 @@ def models_alike(share: float, shares: Tensor, right: Tensor) -> list[float]:
 
 def log_norms(spectra: Spectra) -> Tensor:
     """The logarithm of the Frobenius norm of each model's matrices, float64 [models, voters], on the CPU."""
-    norms: Tensor = torch.linalg.vector_norm(spectra.values, dim=-1).T.cpu()
-    return norms.clamp_min(torch.finfo(torch.float64).tiny).log()
+    values = spectra.values.cpu()
+    largest = values.amax(-1).clamp_min(torch.finfo(torch.float64).tiny)  # a square of it may be out of range
+    norms: Tensor = torch.linalg.vector_norm(values / largest[..., None], dim=-1).clamp_min(1e-300)
+    return (largest.log() + norms.log()).T
 
 
 class Check(NamedTuple):
-    """How far new models are from all labelled recipes and sizes.
+    """Whether new models can be of a labelled recipe and size.
 
     Attributes:
         p: the p-value of a new model's being one more of the labelled, float64 [new].
-        of_matrix: the same by its "A", "B" or "BA" alone, not corrected for there being three: float64 [new, matrices].
-        nearest: a labelled model of the nearest recipe and size, int64 [new].
+        nearest: the number of a labelled model of the recipe and size that it is nearest to, int64 [new].
     """
 
     p: Tensor
-    of_matrix: Tensor
     nearest: Tensor
 
 
 def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
-    """Whether new models can be of a labelled recipe and size, each kind of matrix looked at alone."""
+    """Compare how far new models are from the nearest labelled recipe and size with how far labelled ones are.
+
+    What a recipe changes in every layer alike shows in the mean over the layers of the log norms of A and of B: their
+    chance differences average out, above all those of A's first weights. What is wrong in one kind of matrix alone
+    (alpha is in BA only) or in one layer shows in the other columns of `distances_to_groups`. Each column is taken in
+    units of its 90 % quantile for left-out models of that recipe and size, of which some scatter more than others, and
+    the largest one counts, for new and for left-out models alike; so that
+        p = (1 + how many left-out models are at least as far) / (1 + how many there are).
+
+    Args:
+        units: what is left out at a time, int64 [models].
+    """
     known, asked = log_norms(fitted), log_norms(new)
     groups = torch.stack([fitted.of_recipe, fitted.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
     kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
     kinds = [kind for kind in kinds if kind.any()]
-    of_held_out = torch.zeros(len(known), len(kinds), dtype=torch.float64)
-    at_least = torch.zeros(len(asked), len(kinds), dtype=torch.float64)
-    for unit in range(int(units.max()) + 1):
-        out = units == unit
-        far = distances_to_groups(known[~out], groups[~out], torch.cat([known[out], asked]), kinds).min(1).values
-        of_held_out[out], of_new = far[: int(out.sum())], far[int(out.sum()) :]
-        at_least += (of_held_out[out] >= of_new[:, None]).sum(1)
-    models = len(known)
-    of_matrix = (1 + at_least) / (models + 1)
-    # the least of the three, compared with the least of each left-out model's
-    least = (of_held_out[None] >= of_held_out[:, None]).double().mean(1).amin(-1)
-    p = (1 + (least <= of_matrix.amin(-1, keepdim=True)).sum(1)) / (models + 1)
-    whole = distances_to_groups(known, groups, asked, kinds).sum(-1).argmin(1)
-    return Check(p, of_matrix, torch.stack([(groups == group).nonzero()[0, 0] for group in whole]))
+    far = torch.zeros(len(known), 1 + len(kinds), dtype=torch.float64)
+    compared = torch.zeros(len(known), dtype=torch.bool)
+    turns = []
+    for unit in units.unique():
+        rest = units != unit
+        out = ~rest & torch.isin(groups, groups[rest])  # else there is nothing to compare it with
+        columns, near = distances_to_groups(known[rest], groups[rest], torch.cat([known[out], asked]), kinds)
+        far[out] = columns[: int(out.sum())]
+        compared |= out
+        turns.append((out, columns, near))
+    at_least_as_far = torch.zeros(len(asked), dtype=torch.float64)
+    for out, columns, near in turns:
+        others = compared & ~out if (compared & ~out).any() else compared
+        usual = far[others].quantile(0.9, dim=0).repeat(int(groups.max()) + 1, 1)
+        for group in groups[others].unique():
+            usual[group] = far[others & (groups == group)].quantile(0.9, dim=0)
+        most = (columns / usual[near]).amax(1)
+        at_least_as_far += (most[: int(out.sum())] >= most[int(out.sum()) :, None]).sum(1)
+    p = (1 + at_least_as_far) / (compared.sum() + 1)
+    near = distances_to_groups(known, groups, asked, kinds)[1]
+    return Check(p, torch.stack([(groups == group).nonzero()[0, 0] for group in near]))
 
 
-def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> Tensor:
-    """Mean squared z-scores of log norms [models, voters] about the mean of each group: [asked, groups, kinds]."""
-    count = int(groups.max()) + 1
-    members = torch.nn.functional.one_hot(groups, count).double()
-    sizes = members.sum(0)
-    means = members.T @ known / sizes.clamp_min(1)[:, None]
-    squares = (known - means[groups]).square()
-    pooled = squares.mean(0)
-    own = members.T @ squares / sizes.clamp_min(1)[:, None]
-    spread = (own + pooled) / 2
-    z = (asked[:, None] - means).square() / spread.clamp_min(1e-12)
-    far = torch.stack([z[..., kind].mean(-1) for kind in kinds], dim=-1)
-    return far.masked_fill((sizes == 0)[None, :, None], math.inf)
+def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """How far models are from the nearest group, in squares of its spread, and which group that is.
+
+    The first column is the Mahalanobis distance of the means over layers of the log norms of A and B, with one
+    covariance for all groups; by it a group is the nearest. The others are mean squared z-scores of the log norms of
+    one kind of matrix, with the group's own variance, to which the pooled one is added as that of two more models.
+
+    Args:
+        known: log norms of the models of the groups, float64 [models, voters].
+        groups: the group of each, int64 [models].
+        asked: log norms of other models, [asked, voters].
+        kinds: masks of the voters of A, B and BA, bool [voters].
+
+    Returns:
+        Squared distances [asked, 1 + kinds], all above zero, and the nearest group, int64 [asked].
+    """
+    numbers, of_group = groups.unique(return_inverse=True)
+    members = torch.nn.functional.one_hot(of_group, len(numbers)).double()
+    count, degrees = members.sum(0)[:, None], max(1, len(known) - len(numbers))
+    x, z = (torch.stack([side[:, kind].mean(1) for kind in kinds[:2]], dim=1) for side in (known, asked))
+    means = members.T @ x / count
+    covariance = (x - means[of_group]).T @ (x - means[of_group]) / degrees
+    covariance += (1e-6 * covariance.trace() + 1e-18) * torch.eye(x.shape[1], dtype=torch.float64)
+    apart = z[:, None] - means
+    of_means, near = torch.einsum("ngi,ij,ngj->ng", apart, torch.linalg.inv(covariance), apart).min(1)
+    means = members.T @ known / count
+    residuals = (known - means[of_group]).square()
+    variance = (members.T @ residuals + 2 * residuals.sum(0) / degrees) / (count + 1)
+    scores = (asked - means[near]).square() / variance[near].clamp_min(1e-18)
+    columns = torch.stack([of_means, *(scores[:, kind].mean(1) for kind in kinds)], dim=1)
+    return columns.clamp_min(1e-300), numbers[near]
 
 
 def what_is_beyond(fitted: Spectra, new: Spectra) -> list[str]:
@@ -927,69 +964,94 @@ def this_very_model(fitted: Spectra, values: Tensor) -> int | None:
     return int(same[0]) if len(same) else None
 
 
+def who_speaks(fitted: Spectra, check: Check) -> list[tuple[Tensor, Tensor]]:
+    """Which labelled models, a mask, speak for which new ones, int64: those of the nearest recipe, if comparable.
+
+    For a model of no labelled recipe all recipes do: their mean is nearer to it than a single one.
+    """
+    recipe = torch.where(check.p > NOT_COMPARABLE, fitted.of_recipe[check.nearest], -1)
+    return [
+        (fitted.of_recipe == number if number >= 0 else torch.ones_like(fitted.of_recipe, dtype=torch.bool), rows)
+        for number in recipe.unique().tolist()
+        if len(rows := (recipe == number).nonzero().flatten())
+    ]
+
+
 def estimates(
-    fitted: Spectra, files: list[Spectra], predictor: str, confidence: float, units: Tensor | None = None
+    fitted: Spectra, files: list[Spectra], predictor: str, confidence: float, leave_out_recipes: bool = False
 ) -> list[Estimate]:
-    """Estimates for new models, fitted on all labelled ones; how sure they are comes from leaving units out.
+    """Estimates for new models; how sure they are comes from leaving micro-datasets, or recipes, out.
 
     Args:
         fitted: the labelled models.
         files: the new models, one each, with the same voters.
         predictor: the name of one of PREDICTORS.
         confidence: the share of new models whose true size the set shall hold, between 0 and 1.
-        units: what is left out at a time, int64 [models]; by default micro-datasets.
+        leave_out_recipes: whether recipes are left out, and not micro-datasets: then all of them are fitted on.
     """
-    units = fitted.micro_datasets if units is None else units
-    values = torch.cat([file.values for file in files], dim=1).to(fitted.values.device)
-    names, stated = [str(file.names[0]) for file in files], torch.cat([file.sizes for file in files])
-    new = replace(files[0], values=values, names=names, sizes=stated, recipes=[])
-    several, regression = int(units.max()) > 0, predictor == "log-regression"
-    if several:
-        answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
-        p, check = conformal_p(fitted.sizes, units, left_out), check_recipe(fitted, new, units)
-        right, sure = (
-            right_when_left_out(fitted.sizes, left_out, predictor, confidence),
-            left_out.held_out.shares.amax(1),
-        )
-    else:
-        both, every = beside(fitted, new)
-        (answer,) = PREDICTORS[predictor](both, [every])
+    units = fitted.of_recipe if leave_out_recipes else fitted.micro_datasets
+    new = replace(
+        files[0],
+        values=torch.cat([file.values for file in files], dim=1).to(fitted.values.device),
+        sizes=torch.cat([file.sizes for file in files]),
+        names=[str(file.names[0]) for file in files],
+        recipes=[],
+    )
+    every = (torch.ones(len(units), dtype=torch.bool), torch.arange(len(files)))
+    check = check_recipe(fitted, new, units) if units.any() else None
+    found: dict[int, Estimate] = {}
+    for models, rows in who_speaks(fitted, check) if check and not leave_out_recipes else [every]:
+        its = estimates_on(fitted.of_models(models), new.of_models(rows), predictor, confidence, units[models])
+        found |= dict(zip(rows.tolist(), its, strict=True))
     beyond = what_is_beyond(fitted, new)
-    found = []
     for row, file in enumerate(files):
-        shares = answer.shares[row].tolist()
-        one = Estimate(
-            names[row],
-            predictor,
-            int(answer.sizes[row]),
-            dict(zip(answer.candidates.tolist(), shares, strict=True)),
-            *([], [], 1.0, "", int(stated[row]), [], list(file.notes)),
-        )
+        one, first, said = found[row], [], list(file.notes)
         same = this_very_model(fitted, new.values[:, row])
         if same is not None:
             label = f"{shown(fitted.names[same])} of {counted(int(fitted.sizes[same]), 'image')}"
-            one.warnings.insert(0, f"this very model is among the labelled ones: {label}")
-        if not several:
-            one.warnings.append("one micro-dataset only: how sure the estimate is can't be told")
-        else:
-            members = left_out.candidates[p[row] > 1 - confidence + 1e-9].tolist()
-            one = replace(
-                one,
-                alike=models_alike(max(shares), sure, right),
-                confidence_set=[members[0], members[-1]] if regression and members else members,
-                recipe_p=float(check.p[row]),
-                recipe=fitted.recipes[int(check.nearest[row])] if fitted.of_recipe.any() else "",
-            )
-            if one.confidence_set and not one.holds(one.estimate):
-                one.warnings.append("the set does not hold the estimate: trust the set")
+            said.insert(0, f"this very model is among the labelled ones: {label}")
         if fitted.recipes_stated and file.recipes and file.recipes[0] not in fitted.recipes:
-            one.first.append(f"states a recipe that no labelled model has: {file.recipes[0]}")
-        if one.recipe_p <= NOT_COMPARABLE and same is None:
-            one.first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
-            one.first.extend(filter(None, [beyond[row]]))
+            first.append(f"states a recipe that no labelled model has: {file.recipes[0]}")
+        if check is None:
+            said.append("one micro-dataset only: how sure the estimate is can't be told")
+        else:
+            one = replace(one, recipe_p=float(check.p[row]))
+            if fitted.of_recipe.any():
+                one = replace(one, recipe=fitted.recipes[int(check.nearest[row])])
+            if one.recipe_p <= NOT_COMPARABLE and same is None:
+                first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
+                first.extend(filter(None, [beyond[row]]))
+        if one.confidence_set and not one.holds(one.estimate):
+            said.append("the set does not hold the estimate: trust the set")
         if one.stated_size and one.stated_size != one.estimate:
-            one.warnings.append(f"the estimate disagrees with the size that the file states, {one.stated_size}")
-        found.append(one)
+            said.append(f"the estimate disagrees with the size that the file states, {one.stated_size}")
+        first = [*(note for note in said if note.startswith(FIRST)), *first]
+        found[row] = replace(one, first=first, warnings=[note for note in said if note not in first])
+    return [found[row] for row in range(len(files))]
+
+
+def estimates_on(fitted: Spectra, new: Spectra, predictor: str, confidence: float, units: Tensor) -> list[Estimate]:
+    """What a predictor, fitted on labelled models, says of new ones, and how sure that is where it can be told."""
+    units = units.unique(return_inverse=True)[1]
+    several, regression = bool(units.any()), predictor == "log-regression"
+    if several:
+        answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
+        members = conformal_p(fitted.sizes, units, left_out) > 1 - confidence + 1e-9
+        right = right_when_left_out(fitted.sizes, left_out, predictor, confidence)
+    else:
+        both, every = beside(fitted, new)
+        (answer,) = PREDICTORS[predictor](both, [every])
+    found = []
+    for row, (size, shares) in enumerate(zip(answer.sizes.tolist(), answer.shares.tolist(), strict=True)):
+        alike: list[float] = []
+        held: list[int] = []
+        if several:
+            alike = models_alike(max(shares), left_out.held_out.shares.amax(1), right)
+            held = left_out.candidates[members[row]].tolist()
+            held = [held[0], held[-1]] if regression and held else held
+        votes = dict(zip(answer.candidates.tolist(), shares, strict=True))
+        stated = int(new.sizes[row])
+        found.append(Estimate(new.names[row], predictor, size, votes, alike, held, 1.0, "", stated, [], []))
     return found
 
 
@@ -1122,20 +1184,30 @@ def by_size(spectra: Spectra, experiments: list[Experiment]) -> dict[str, list[E
     return rows
 
 
+def without_size(spectra: Spectra, run: Split, size: int) -> Split:
+    """A split whose test models, all of one size, are to be told from training models of all other sizes."""
+    return Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
+
+
 def unseen_sizes(spectra: Spectra, runs: list[Split]) -> list[list[Split]]:
-    """For each split, one for each size between two others: to be told from training models of all other sizes.
+    """For each split those without one size that lies between two others.
 
     A classifier's best answer is a neighbouring size; a regression can name the size itself.
     """
-    between = spectra.sizes.unique()[1:-1].tolist()
-    gaps = [
-        [
-            Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
-            for size in between
-        ]
-        for run in runs
-    ]
+    gaps = [[without_size(spectra, run, size) for size in spectra.sizes.unique()[1:-1].tolist()] for run in runs]
     return [[gap for gap in its if len(gap.train) and len(gap.test)] for its in gaps]
+
+
+def flagged_if_unlabelled(spectra: Spectra, runs: list[Split]) -> dict[int, float]:
+    """Of the test models of each size, the share said not to be comparable if their size is not labelled."""
+    flagged: dict[int, list[Tensor]] = {}
+    for size in spectra.sizes.unique().tolist():
+        for gap in (without_size(spectra, run, size) for run in runs):
+            if len(gap.train) and len(gap.test):
+                fitted, new = spectra.of_models(gap.train), spectra.of_models(gap.test)
+                p = check_recipe(fitted, new, fitted.micro_datasets).p
+                flagged.setdefault(size, []).append(p <= NOT_COMPARABLE)
+    return {size: float(torch.cat(its).double().mean()) for size, its in flagged.items()}
 
 
 def judge_together(spectra: Spectra, gaps: list[list[Split]], predictions: Iterable[Prediction]) -> list[Experiment]:
@@ -1165,12 +1237,17 @@ def how_sure(spectra: Spectra, split: Split, predictor: Predictor) -> Tensor:
     whether the model is said not to be comparable.
     """
     fitted, new = spectra.of_models(split.train), spectra.of_models(split.test)
-    units = fitted.micro_datasets
-    answer, left_out = leave_out(fitted, new, predictor, units)
-    members = conformal_p(fitted.sizes, units, left_out) > 0.1 + 1e-9
-    held = (members & (left_out.candidates == new.sizes[:, None])).any(1)
-    flagged = check_recipe(fitted, new, units).p <= NOT_COMPARABLE
-    return torch.stack([(answer.sizes - new.sizes).abs(), held, members.sum(1), flagged], dim=1).double()
+    check = check_recipe(fitted, new, fitted.micro_datasets)
+    table = torch.zeros(len(new.sizes), 4, dtype=torch.float64)
+    for models, rows in who_speaks(fitted, check):
+        part, asked = fitted.of_models(models), new.of_models(rows)
+        answer, left_out = leave_out(part, asked, predictor, part.micro_datasets)
+        members = conformal_p(part.sizes, part.micro_datasets, left_out) > 0.1 + 1e-9
+        held = (members & (left_out.candidates == asked.sizes[:, None])).any(1)
+        flagged = check.p[rows] <= NOT_COMPARABLE
+        errors = (answer.sizes - asked.sizes).abs()
+        table[rows] = torch.stack([errors, held, members.sum(1), flagged], dim=1).double()
+    return table
 
 
 def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
@@ -1203,12 +1280,14 @@ class Comparison(NamedTuple):
         tables: title -> row -> experiments; the first table, "compare", has all predictors and kinds of matrices.
         accuracies: of each voter alone, in %, mean over the experiments: float64 [voters].
         sure: predictor -> `how_sure` of each split.
+        unlabelled: `flagged_if_unlabelled`.
         recipes: `by_recipe`; empty where there is one recipe.
     """
 
     tables: dict[str, dict[str, list[Experiment]]]
     accuracies: Tensor
     sure: dict[str, list[Tensor]]
+    unlabelled: dict[int, float]
     recipes: dict[str, Tensor]
 
 
@@ -1220,7 +1299,7 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
     gaps = unseen_sizes(spectra, runs)
     groups = {"runs": runs, "gaps": [gap for its in gaps for gap in its]}
     others = ("frobenius", "whole-model", "ridge", "gda")
-    with tqdm(total=len(others) + 5, unit="predictor", disable=None) as progress:
+    with tqdm(total=len(others) + 6, unit="predictor", disable=None) as progress:
 
         def done(found: T) -> T:
             progress.update()
@@ -1232,6 +1311,7 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
         sure = {
             name: done([how_sure(spectra, run, PREDICTORS[name]) for run in runs]) for name in ("dsire", "log-ridge")
         }
+        unlabelled = done(flagged_if_unlabelled(spectra, runs))
         recipes = done(by_recipe(spectra, runs) if spectra.of_recipe.any() else {})
     found["dsire"], found["dsire-average"] = [*map(majority, votes["runs"])], [*map(average, votes["runs"])]
     found["log-ridge"], found["log-regression"] = fits["runs"], [*map(unrounded, fits["runs"])]
@@ -1253,7 +1333,8 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
         "unseen_sizes": {name: judge_together(spectra, gaps, its) for name, its in unseen.items() if any(gaps)},
     }
     hits = [named == spectra.sizes[run.test] for (named, _), run in zip(votes["runs"], runs, strict=True)]
-    return Comparison(tables, 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0), sure, recipes)
+    accuracies = 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0)
+    return Comparison(tables, accuracies, sure, unlabelled, recipes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1392,8 +1473,8 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[d
     if not layers:
         kind = "it is " + ("a full checkpoint, not a LoRA" if others else "empty")
         kind = f"the layout of {shown(of_lora[0])} is not known here" if of_lora else kind
-        no_lora = DsireError if of_lora else NoLora
-        raise no_lora(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
+        error = DsireError if of_lora else NoLora  # a layout that isn't known here is not left out as something else
+        raise error(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
     unknown = [key for key in of_lora if ".lora_" in key and len(key) <= 1000]
     if unknown:  # what comes next: it may stand between A and B
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
@@ -1443,9 +1524,9 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
     if alpha and length != 1:
         raise DsireError(f"{file}: column {shown(name)} has {length} numbers a row; alpha is one")
     if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
-        its = " x ".join(map(str, shape)) if len(shape) > 1 else length
+        numbers_of = " x ".join(map(str, shape[:2]))
         raise DsireError(
-            f"{file}: column {shown(name)} has {its} numbers a row, which does not fit rank {rank}: give another --rank"
+            f"{file}: column {shown(name)} has {numbers_of} numbers a row, which --rank={rank} does not fit"
         )
     numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
     return numbers.to(torch.float64).view(-1, length)
@@ -1534,6 +1615,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         sizes, names, recipes = model_labels(labels, path.name)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others = lora_layers(columns, path.name)
+        lone = [column for column in others if len(column) <= 1000 and MATRIX_KEY.fullmatch(column)]
+        if lone:  # in a table of models it is no stray: a part of every model is missing
+            raise DsireError(f"{path.name}: {shown(lone[0])} has no partner: the layer's A (down) or B (up) is missing")
 
         def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
@@ -1668,10 +1752,8 @@ WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
 
 
 # Pickles that trainers leave beside a LoRA: many hold more than tensors, so that they can't even be looked into
-TRAINERS = re.compile(
-    r"(optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states\.)"
-)
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+TRAINERS = re.compile("optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states[.]")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
 # What a file is that begins with these bytes.
 FIRST_BYTES = {
@@ -2160,13 +2242,13 @@ def open_model(path: Path) -> Iterator[Weights]:
 
 
 def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
-    """The files below a folder with one of these endings, sorted; never hidden ones, such as macOS' ._name."""
+    """The files, and links, below a folder with one of these endings, sorted; never hidden ones (macOS' ._name)."""
     return sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in endings
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        and not path.is_dir()
     )
 
 
@@ -2179,7 +2261,8 @@ def holds_no_lora(path: Path) -> bool:
             import pyarrow.parquet as pq
 
             with parquet_errors(path):
-                return not lora_layers(pq.read_schema(path).names, path.name)
+                lora_layers(pq.read_schema(path).names, path.name)
+            return False
         with open_model(path) as weights:
             layers, _ = lora_layers(weights.keys, path.name)
             # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
@@ -2195,24 +2278,17 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
     """
-    found = {
-        next(part for part in [*parts_of(path), path] if part.is_file())
-        for path in visible_files(folder, WEIGHT_ENDINGS)
-    }
-    loras: list[Path] = []
-    others, twice = [], []
-    for path in sorted(found, key=lambda path: (path.suffix.lower() in PICKLE_ENDINGS, path)):
-        safe_ones = {lora.parent for lora in loras if lora.suffix.lower() in SAFE_ENDINGS}
-        if path.suffix.lower() in PICKLE_ENDINGS and path.parent in safe_ones:
-            twice.append(path)
-        elif holds_no_lora(path):
-            others.append(path)
-        else:
-            loras.append(path)
-    notes = [f"{counted(len(twice), 'pickle')} beside safetensors in {folder} are left out"] if twice else []
+    visible = visible_files(folder, WEIGHT_ENDINGS)
+    found = {next((part for part in parts_of(path) if part.is_file()), path) for path in visible}
+    pickles = {path for path in found if path.suffix.lower() in PICKLE_ENDINGS}
+    loras = {path for path in found - pickles if not holds_no_lora(path)}
+    beside = {path for path in pickles if path.parent in {lora.parent for lora in loras}}
+    loras |= {path for path in pickles - beside if not holds_no_lora(path)}
+    others = sorted(found - loras - beside)
+    notes = [f"{counted(len(beside), 'pickle')} beside safetensors in {folder} left out"] if beside else []
     if others:
-        such = shown(min(others).relative_to(folder).as_posix())
-        notes.append(f"{counted(len(others), 'file')} in {folder} hold no LoRA and are left out, such as {such}")
+        hold = f"{counted(len(others), 'file')} {'hold' if len(others) > 1 else 'holds'}"
+        notes.append(f"{hold} no LoRA, such as {shown(others[0])}")
     return sorted(loras), notes
 
 
@@ -2273,25 +2349,23 @@ def folder_source(folder: Path, subset: str | None) -> Source:
     """
     labels = metadata_csv(folder)
     parquet = visible_files(folder, [".parquet"])
-    beside = subset is None and visible_files(folder, WEIGHT_ENDINGS) and all(map(holds_no_lora, parquet))
-    if labels is not None or not parquet or beside:
+    loras = visible_files(folder, WEIGHT_ENDINGS)
+    if labels is not None or not parquet or (loras and subset is None and all(map(holds_no_lora, parquet))):
         if subset is not None:
             raise DsireError(f"--subset={subset}: {folder} holds LoRA files, which have no subsets; leave it out")
-        if labels is None:
-            files, notes = weight_files(folder)
-        else:
-            unlisted = [file for file in visible_files(folder.absolute(), WEIGHT_ENDINGS) if file not in labels]
-            unlisted = [file for file in unlisted if parts_of(file)[0] not in labels]
-            such = f", such as {shown(unlisted[0].name)}" if unlisted else ""
-            files, notes = (
-                list(labels),
-                [f"{len(unlisted)} files are not in metadata.csv and not read{such}"] * bool(such),
-            )
-        if parquet:
-            notes.append(f"{counted(len(parquet), 'parquet file')} in {folder} are not read: LoRA files are")
+        files, notes = weight_files(folder) if labels is None else (sorted(labels), [])
+        unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & {*files}]
+        if labels is not None and unlisted:
+            such = shown(unlisted[0].relative_to(folder).as_posix())
+            notes.append(f"left out, as not in metadata.csv: {counted(len(unlisted), 'file')}, such as {such}")
+        elsewhere = [file for file in visible_files(folder, [".csv"]) if file.name == "metadata.csv"]
+        if labels is None and elsewhere:
+            notes.append(f"{shown(elsewhere[0])} is not read: it does not lie in {folder} itself")
         if not files:
             what = "; ".join(["neither parquet nor LoRA files", *notes])
             raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
+        if parquet:
+            notes.append(f"left out, as LoRA files decide: {counted(len(parquet), 'parquet file')} in {folder}")
         return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files], notes)
     notes = []
     if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
@@ -2305,6 +2379,13 @@ def folder_source(folder: Path, subset: str | None) -> Source:
 
 
 def shard_on_disk(file: Path) -> Shard:
+    """The file as a shard; what decides its spectra is in the etag.
+
+    Raises:
+        DsireError: it is a link to nothing.
+    """
+    if not file.is_file():
+        raise DsireError(f"{file} is a link to a file that is not there")
     parts = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
     etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
     return Shard(str(file.absolute()), file.stat().st_size, etag)
@@ -2335,6 +2416,13 @@ def files_of_subset(
             (view / name).touch()
         for name, card in cards.items():
             (view / name).write_bytes(card.read_bytes())
+
+        def files_by_split(config: str) -> dict[str, list[str]]:
+            found = datasets.load_dataset_builder(str(view), config, cache_dir=place).config.data_files or {}
+            return {
+                str(split): [Path(file).relative_to(view).as_posix() for file in its] for split, its in found.items()
+            }
+
         try:
             configs = datasets.get_dataset_config_names(str(view))
             if subset is None and len(configs) > 1:
@@ -2342,31 +2430,24 @@ def files_of_subset(
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
             subset = subset or configs[0]
-            splits: dict[str, list[str]] = {}
-            of_none = set(names)
-            for config in [subset, *(other for other in configs if other != subset)]:
-                if of_none:  # else nothing is left out, and the other subsets need no look
-                    builder = datasets.load_dataset_builder(str(view), config, cache_dir=place)
-                    of_config = {
-                        str(split): [Path(file).relative_to(view).as_posix() for file in files]
-                        for split, files in (builder.config.data_files or {}).items()
-                    }
-                    splits = of_config if config == subset else splits
-                    of_none -= {name for files in of_config.values() for name in files}
+            splits = files_by_split(subset)
+            of_none = set(names).difference(*splits.values())
+            for other in configs if of_none else []:
+                with suppress(OSError, ValueError):  # it holds no parquet
+                    of_none.difference_update(*files_by_split(other).values())
         except DsireError:
             raise
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
             reason = re.sub(r" with any supported extension.*", "", shown(error)).replace(str(view), "it")
-            raise DsireError(f"{what} has no data to read: {reason}") from error
+            which = f" in subset {subset}" if subset else ""
+            raise DsireError(f"{what} has no parquet to read{which}: {reason}") from error
         files = list(dict.fromkeys(name for split in splits.values() for name in split))
         if not files:
             raise DsireError(f"{what}: subset {subset} has no parquet")
         notes = [f"the splits {' '.join(splits)} are taken together"] if len(splits) > 1 else []
         if of_none:
-            left_out = f"{counted(len(of_none), 'parquet file')} of {what} belong to no split of a subset"
-            notes.append(
-                f"{left_out} and are left out, such as {shown(min(of_none))}: name them in README.md's configs"
-            )
+            left_out = f"{counted(len(of_none), 'parquet file')} of {what} left out, as in no split of a subset"
+            notes.append(f"{left_out}, such as {shown(min(of_none))}: name them in the configs of README.md")
         return subset, files, notes
 
 
@@ -2417,7 +2498,7 @@ def hub_error(what: str, error: Exception) -> DsireError:
     if isinstance(error, errors.HFValidationError):
         return DsireError(f"{what} can't be a repository's name: {shown(error)}")
     if isinstance(error, errors.RemoteEntryNotFoundError) or status == 404:
-        return DsireError(f"{what} is listed but not there ({shown(error)}); try another --revision")
+        return DsireError(f"{what} is not there, though it may be listed: try another --revision")
     if any(isinstance(its, errors.OfflineModeIsEnabled) for its in causes):
         return HubUnreachable(f"{what} is not in the cache, and HF_HUB_OFFLINE is set: unset it")
     if status in (401, 403):
@@ -2808,7 +2889,8 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
         else:
             notes.append((name, "left out, as it states no size"))
     if not known:
-        raise DsireError(f"no file in {folder} has a size: write {folder / 'metadata.csv'} with file_name,label,name")
+        advice = f"write {folder / 'metadata.csv'} with file_name,label,name"
+        raise DsireError("; ".join([f"no file in {folder} has a size: {advice}", *source.notes]))
     shapes = [file.shapes for file in known]
     common = [layer for layer, shape in shapes[0].items() if all(other.get(layer) == shape for other in shapes)]
     if not common:
@@ -2879,7 +2961,7 @@ def metadata_csv(folder: Path) -> dict[Path, tuple[int, str, str]] | None:
         raise DsireError(f"{path} can't be read ({shown(error)})") from error
     if not {"file_name", "label"} <= set(columns):
         raise DsireError(
-            f"{path} needs the columns file_name and label, and may have name and recipe; it has {shown(head)!r}"
+            f"{path} needs the columns file_name and label, and may have name and recipe; it has {head[:80]!r}"
         )
     if not rows:
         raise DsireError(f"{path} lists no file: give each LoRA file a row of file_name,label,name")
@@ -2940,13 +3022,11 @@ def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
 def absent(item: str) -> str:
     """That nothing is at a path, and what is there under that name with an ending."""
     path = path_of(item)
-    try:
-        alike = [file.name for file in path.parent.iterdir() if item and file.stem == path.name]
-    except OSError:
-        alike = []
-    return f"{shown(item) if item else 'an empty name'}: no such file or folder" + (
-        f" ({shown(alike[0])} is)" if alike else ""
-    )
+    with suppress(OSError):
+        for file in path.parent.iterdir():
+            if item and file.stem == path.name:
+                return f"{shown(item)}: no such file or folder, but {shown(file.name)}"
+    return f"{shown(item) if item else 'an empty name'}: no such file or folder"
 
 
 def positive(text: str) -> int:
@@ -3022,7 +3102,7 @@ def comparison_lines(
     spectra: Spectra, comparison: Comparison, paper: dict[str, tuple[tuple[float, float], ...]]
 ) -> list[str]:
     """The tables of `--compare`: the first one with the difference of the MAE to dsire's, and the paper's values."""
-    tables, accuracies, sure, recipes = comparison
+    tables, accuracies, *_ = comparison
     rows = tables["compare"]
     title = f"\n{'':15}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>17}"
     lines = [title + (f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")]
@@ -3047,18 +3127,21 @@ def comparison_lines(
 
 
 def sure_lines(spectra: Spectra, comparison: Comparison) -> list[str]:
-    """How often the 90 % set holds the true size, and how many sizes it has, by size; the check's false alarms."""
+    """How often the 90 % set holds the true size, and how many sizes it has, by size; how often the check speaks."""
     sizes, tests = spectra.sizes, [run.test for run in comparison.tables["compare"]["dsire"]]
     head = "".join(f"{name + ' holds %':>20}{'sizes':>8}" for name in comparison.sure)
-    lines = [f"\n{'the 90 % set':16}{head}{'not comparable %':>18}"]
+    lines, checks = [f"\n{'the 90 % set':16}{head}"], []
     for size in [*sizes.unique().tolist(), 0]:
         cells = ""
         for tables in comparison.sure.values():
             its = [table[sizes[test] == size] if size else table for table, test in zip(tables, tests, strict=True)]
             _, held, members, flagged = torch.cat(its).mean(0).tolist()
             cells += f"{100 * held:20.1f}{members:8.2f}"
-        lines.append(f"{size or 'all':<16}{cells}{100 * flagged:18.1f}")
-    return lines + (recipe_lines(spectra, comparison.recipes) if comparison.recipes else [])
+        lines.append(f"{size or 'all':<16}{cells}")
+        unlabelled = f"{100 * comparison.unlabelled[size]:24.1f}" if size in comparison.unlabelled else ""
+        checks.append(f"{size or 'all':<24}{100 * flagged:20.1f}{unlabelled}")
+    lines.append(f"\n{'not comparable %':24}{'size labelled':>20}{'size not labelled':>24}")
+    return lines + checks + (recipe_lines(spectra, comparison.recipes) if comparison.recipes else [])
 
 
 def recipe_lines(spectra: Spectra, recipes: dict[str, Tensor]) -> list[str]:
@@ -3330,15 +3413,11 @@ def between_0_and_1(text: str) -> float:
 
 
 def output_folder(text: str) -> Path:
-    """A folder to write to, seen before anything is computed.
-
-    Raises:
-        argparse.ArgumentTypeError: it, or what is to hold it, is a file or can't be written to.
-    """
+    """A folder to write to; what stands in its way is said before anything is computed."""
     path = path_of(text)
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{shown(there)} is {'not writable' if there.is_dir() else 'a file'}")
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{shown(there)} is not a folder that can be written to")
     return path
 
 
@@ -3515,7 +3594,7 @@ def predict(
             print_error(DsireError(refused[str(path)]))
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
-        its = estimates(known, files, arguments.predictor, arguments.confidence, units)
+        its = estimates(known, files, arguments.predictor, arguments.confidence, by_recipe)
         judged += [(estimate, known, file) for estimate, file in zip(its, files, strict=True)]
     order = {str(path): number for number, path in enumerate(paths)}
     judged.sort(key=lambda one: order[one[0].file])

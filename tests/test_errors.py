@@ -62,10 +62,6 @@ def test_a_subset_without_parquet(run: Run, tmp_path: Path) -> None:
     assert run(f"--dataset={folder}", "--subset=low_4").says("low_4", "train.csv", "parquet")
 
 
-def test_a_rank_that_contradicts_the_name(run: Run, folder: Path) -> None:
-    assert run(f"--dataset={folder}", "--rank=8").says("--rank=8", "low_4", "4", LAYERS[0])
-
-
 def test_a_rank_that_does_not_divide(run: Run, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, as_it_is, subset="mine")
     assert run(f"--dataset={folder}", "--rank=7").says(".lora.", ".weight", "--rank=7", str(4 * 16))

@@ -108,7 +108,7 @@ def test_p_is_uniform_for_one_more_of_the_labelled() -> None:
         assert share >= bound - 4 * error - 1 / 37
 
 
-@pytest.mark.parametrize("factor", [1.5, 1 / 1.5, 1e30, 1e-30])
+@pytest.mark.parametrize("factor", [2, 1 / 2, 1e30, 1e-30])
 @pytest.mark.parametrize("matrix", ["A", "B", "BA"])
 def test_one_kind_of_matrix_alone_is_seen_and_named(matrix: str, factor: float) -> None:
     fitted, new = made_up(12), made_up(1, seed=5)
@@ -118,7 +118,7 @@ def test_one_kind_of_matrix_alone_is_seen_and_named(matrix: str, factor: float) 
     for one in dsire.estimates(fitted, files, "log-ridge", 0.9):
         assert one.recipe_p <= 0.05
         assert "not comparable" in one.first[0]
-        if abs(factor - 1) > 1:
+        if not 0.1 < factor < 10:
             assert f"{matrix} is " in one.first[1]
             assert ("another alpha" in one.first[1]) == (matrix == "BA")
 
