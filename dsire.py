@@ -1932,7 +1932,7 @@ def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any
     config: Any = {HEADER_ENTRIES.get(key.rpartition(".")[2]): 0 for key in header}
     single = "lora_adapter_metadata" not in header and "lora_alpha" in config
     if single:
-        said = [(*key.rpartition(".")[::2], parsed(text)) for key, text in header.items()]
+        said = [(*key.rpartition(".")[::2], parsed(text)) for key, text in sorted(header.items())]
         said = [(network, HEADER_ENTRIES[key], value) for network, key, value in said if key in HEADER_ENTRIES]
         said = [entry for entry in said if entry[2] is not None]
     else:
