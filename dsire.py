@@ -1774,7 +1774,8 @@ FIRST_BYTES = {
 
 def what_it_is(path: Path, wanted: str = "") -> str:
     """What a file is by its first bytes, for a message; "" if they don't say it, or it is what begins as `wanted`."""
-    with path.open("rb") as file:
+    start = b"?"  # a file that can't be opened says nothing
+    with suppress(OSError), path.open("rb") as file:
         start = file.read(200)
     what = next((what for pattern, what in FIRST_BYTES.items() if re.match(pattern, start, re.DOTALL)), "")
     if what.endswith("not weights"):
@@ -1849,7 +1850,7 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
         what = what_it_is(path, "a pickle")
         raise DsireError(f"{path} {f'is {what}' if what else why_not_loaded(error, said)}") from error
-    entries = dict(named_values(content, set())) if isinstance(content, dict) else {}
+    outside = content if isinstance(content, dict) else {}
     for _ in range(3):  # a checkpoint's weights lie under this key
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -1866,8 +1867,10 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[key] = torch.tensor(float(value) if abs(value) < 2**53 else math.nan, dtype=torch.float64)
         elif match:
             raise DsireError(f"{path}: {shown(key)} is {type(value).__name__}, not a {match['alpha'] and 'number'}")
-    plain = {key: value for key, value in entries.items() if isinstance(value, (str, bool, float, int))}
-    return tensors, {key: str(value) for key, value in plain.items() if isinstance(value, str) or abs(value) < 2**53}
+    # What stands beside the tensors, such as lora_alpha, is as good as a header; a key with a dot is of a layer.
+    plain = {str(key): value for key, value in outside.items() if isinstance(value, (str, float, int))}
+    header = {key: str(value) for key, value in plain.items() if isinstance(value, str) or abs(value) < 2**53}
+    return tensors, {key: value for key, value in header.items() if "." not in key}
 
 
 def named_values(content: dict[Any, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -1930,19 +1933,18 @@ def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any
     config: Any = {HEADER_ENTRIES.get(key.rpartition(".")[2]): 0 for key in header}
     single = "lora_adapter_metadata" not in header and "lora_alpha" in config
     if single:
-        said = [(*key.rpartition(".")[::2], parsed(text)) for key, text in header.items()]
+        said = [(*key.rpartition(".")[::2], parsed(text)) for key, text in sorted(header.items())]
         said = [(network, HEADER_ENTRIES[key], value) for network, key, value in said if key in HEADER_ENTRIES]
         said = [entry for entry in said if entry[2] is not None]
     else:
-        if "lora_adapter_metadata" in header:
-            text: str | bytes = header["lora_adapter_metadata"]
-        elif beside.is_file():
-            text, place = beside.read_bytes(), str(beside)
-        else:
+        text: str | bytes | None = header.get("lora_adapter_metadata")
+        if text is None and not beside.is_file():
             return {}
         try:
+            if text is None:
+                place, text = str(beside), beside.read_bytes()
             config = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DsireError(f"{place} is not JSON ({shown(error)})") from error
         if not isinstance(config, dict):
             raise DsireError(f"{place} is not a JSON object")

@@ -250,6 +250,8 @@ def test_settings_of_one_network_of_two(tmp_path: Path) -> None:
 def test_alpha_beside_the_tensors_of_a_pickle(tmp_path: Path) -> None:
     torch.save({"state_dict": pair("x"), "lora_alpha": 3, "r": 2}, tmp_path / "lora.pt")
     assert products(tmp_path / "lora.pt") == pytest.approx({"x": largest(1.5)})
+    torch.save(pair("x") | pair("y") | pair("z") | {"x.alpha": 3.0, "y.alpha": 4.0}, tmp_path / "two.pt")
+    assert products(tmp_path / "two.pt") == pytest.approx({"x": largest(1.5), "y": largest(2), "z": largest(1)})
 
 
 @pytest.mark.parametrize(
