@@ -295,6 +295,12 @@ class Spectra:
         """The recipe of each model as a number, 0, 1, ... in the order of the recipes: int64 [models]."""
         return numbered(self.recipes or [""] * len(self.names))
 
+    @cached_property
+    def groups(self) -> Tensor:
+        """The recipe and size of each model as one number, 0, 1, ...: int64 [models]."""
+        pairs: Tensor = torch.stack([self.of_recipe, self.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
+        return pairs
+
     @property
     def count(self) -> int:
         """How many micro-datasets there are."""
@@ -558,7 +564,10 @@ class LogRidge:
         if len(y) == 1:
             return cls(candidates, y.expand(len(z)), y, y.expand(len(z), 1), 1.0)
         folds = [(groups == group).nonzero().flatten() for group in groups.unique()]
-        values, vectors = torch.linalg.eigh(x @ x.T / x.shape[1])
+        kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
+        if train.of_recipe.any():
+            kernel, cross = local_kernels(kernel, cross, train, new)
+        values, vectors = torch.linalg.eigh(kernel)
         values = values.clamp_min(0)
 
         def missed_by(penalty: float) -> Tensor:
@@ -571,7 +580,7 @@ class LogRidge:
 
         deviation, penalty = min((float(missed_by(penalty).square().mean().sqrt()), penalty) for penalty in PENALTIES)
         errors = missed_by(penalty)
-        weights = (z @ x.T / x.shape[1] @ vectors / (values + penalty)) @ vectors.T + 1 / len(y)  # H for new models
+        weights = (cross @ vectors / (values + penalty)) @ vectors.T + 1 / len(y)  # H for new models
         answers = weights @ y
         turns = torch.stack([answers - weights[:, fold] @ errors[fold] for fold in folds], dim=1)
         return cls(candidates, answers, y - errors, turns, deviation)
@@ -595,6 +604,58 @@ def log_features(train: Spectra, test: Spectra) -> tuple[Tensor, Tensor]:
     mean, deviation = x.mean(0), x.std(0, correction=0)
     scale = torch.where(deviation > 1e-9, 1 / deviation.clamp_min(1e-9), 0)  # what doesn't vary says nothing
     return (x - mean) * scale, (z - mean) * scale
+
+
+def local_kernels(kernel: Tensor, cross: Tensor, train: Spectra, new: Spectra) -> tuple[Tensor, Tensor]:
+    """The kernels of a regression whose coefficients may differ between recipes, from those of one that is the same.
+
+    A recipe moves all norms, so that one line through several recipes fits none. Models weigh the less for each other
+    the farther their `mean_log_norms` are apart: a Gaussian of 8 standard deviations within a recipe and size, so that
+    neighbouring sizes and recipes still speak for each other.
+
+    Args:
+        kernel: [models, models] of the training models.
+        cross: [new, models].
+
+    Returns:
+        The same shapes, centred.
+    """
+    known, asked = mean_log_norms(train), mean_log_norms(new)
+    of_group = train.groups
+    inverse = torch.linalg.inv(spread_within(known, of_group))
+
+    def weights(side: Tensor) -> Tensor:
+        apart = side[:, None] - known
+        return (-torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart) / (2 * 8**2)).exp()
+
+    kernel, cross = (1 + kernel) * weights(known), (1 + cross) * weights(asked)
+    of_model = kernel.mean(0)
+    cross = cross - of_model
+    return kernel - of_model - of_model[:, None] + of_model.mean(), cross - cross.mean(1, keepdim=True)
+
+
+def log_norms(spectra: Spectra) -> Tensor:
+    """The logarithm of the Frobenius norm of each model's matrices, float64 [models, voters], on the CPU."""
+    values = spectra.values.cpu()
+    largest = values.amax(-1).clamp_min(torch.finfo(torch.float64).tiny)  # a square of it may be out of range
+    norms: Tensor = torch.linalg.vector_norm(values / largest[..., None], dim=-1).clamp_min(1e-9)
+    return (largest.log() + norms.log()).T
+
+
+def mean_log_norms(spectra: Spectra) -> Tensor:
+    """Their means over the layers, of A and of B (of BA too, or alone, where those do not vote): [models, 2 or 1]."""
+    norms, kinds = log_norms(spectra), [voter.matrix for voter in spectra.voters]
+    return torch.stack(
+        [norms[:, [its == kind for its in kinds]].mean(1) for kind in sorted(set(kinds), key=MATRICES.index)[:2]], dim=1
+    )
+
+
+def spread_within(x: Tensor, groups: Tensor) -> Tensor:
+    """The covariance of columns [models, p] within groups 0, 1, ..., one for all groups: [p, p], never singular."""
+    members = torch.nn.functional.one_hot(groups).double()
+    residuals = x - (members.T @ x / members.sum(0)[:, None].clamp_min(1))[groups]
+    covariance = residuals.T @ residuals / max(1, len(x) - len(groups.unique()))
+    return covariance + (1e-6 * covariance.trace() + 1e-18) * torch.eye(x.shape[1], dtype=torch.float64)
 
 
 PREDICTORS: dict[str, Predictor] = {
@@ -837,14 +898,6 @@ def models_alike(share: float, shares: Tensor, right: Tensor) -> list[float]:
     return [float(shares[alike].min()), float(shares[alike].max()), int(alike.sum()), int(right[alike].sum())]
 
 
-def log_norms(spectra: Spectra) -> Tensor:
-    """The logarithm of the Frobenius norm of each model's matrices, float64 [models, voters], on the CPU."""
-    values = spectra.values.cpu()
-    largest = values.amax(-1).clamp_min(torch.finfo(torch.float64).tiny)  # a square of it may be out of range
-    norms: Tensor = torch.linalg.vector_norm(values / largest[..., None], dim=-1).clamp_min(1e-300)
-    return (largest.log() + norms.log()).T
-
-
 class Check(NamedTuple):
     """Whether new models can be of a labelled recipe and size.
 
@@ -871,7 +924,7 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
         units: what is left out at a time, int64 [models].
     """
     known, asked = log_norms(fitted), log_norms(new)
-    groups = torch.stack([fitted.of_recipe, fitted.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
+    groups = fitted.groups
     kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
     kinds = [kind for kind in kinds if kind.any()]
     far = torch.zeros(len(known), 1 + len(kinds), dtype=torch.float64)
@@ -918,10 +971,8 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
     count, degrees = members.sum(0)[:, None], max(1, len(known) - len(numbers))
     x, z = (torch.stack([side[:, kind].mean(1) for kind in kinds[:2]], dim=1) for side in (known, asked))
     means = members.T @ x / count
-    covariance = (x - means[of_group]).T @ (x - means[of_group]) / degrees
-    covariance += (1e-6 * covariance.trace() + 1e-18) * torch.eye(x.shape[1], dtype=torch.float64)
-    apart = z[:, None] - means
-    of_means, near = torch.einsum("ngi,ij,ngj->ng", apart, torch.linalg.inv(covariance), apart).min(1)
+    apart, inverse = z[:, None] - means, torch.linalg.inv(spread_within(x, of_group))
+    of_means, near = torch.einsum("ngi,ij,ngj->ng", apart, inverse, apart).min(1)
     means = members.T @ known / count
     residuals = (known - means[of_group]).square()
     variance = (members.T @ residuals + 2 * residuals.sum(0) / degrees) / (count + 1)
@@ -965,19 +1016,6 @@ def this_very_model(fitted: Spectra, values: Tensor) -> int | None:
     return int(same[0]) if len(same) else None
 
 
-def who_speaks(fitted: Spectra, check: Check) -> list[tuple[Tensor, Tensor]]:
-    """Which labelled models, a mask, speak for which new ones, int64: those of the nearest recipe, if comparable.
-
-    For a model of no labelled recipe all recipes do: their mean is nearer to it than a single one.
-    """
-    recipe = torch.where(check.p > NOT_COMPARABLE, fitted.of_recipe[check.nearest], -1)
-    return [
-        (fitted.of_recipe == number if number >= 0 else torch.ones_like(fitted.of_recipe, dtype=torch.bool), rows)
-        for number in recipe.unique().tolist()
-        if len(rows := (recipe == number).nonzero().flatten())
-    ]
-
-
 def estimates(
     fitted: Spectra, files: list[Spectra], predictor: str, confidence: float, leave_out_recipes: bool = False
 ) -> list[Estimate]:
@@ -988,7 +1026,7 @@ def estimates(
         files: the new models, one each, with the same voters.
         predictor: the name of one of PREDICTORS.
         confidence: the share of new models whose true size the set shall hold, between 0 and 1.
-        leave_out_recipes: whether recipes are left out, and not micro-datasets: then all of them are fitted on.
+        leave_out_recipes: whether recipes are left out, and not micro-datasets.
     """
     units = fitted.of_recipe if leave_out_recipes else fitted.micro_datasets
     new = replace(
@@ -998,12 +1036,8 @@ def estimates(
         names=[str(file.names[0]) for file in files],
         recipes=[],
     )
-    every = (torch.ones(len(units), dtype=torch.bool), torch.arange(len(files)))
     check = check_recipe(fitted, new, units) if units.any() else None
-    found: dict[int, Estimate] = {}
-    for models, rows in who_speaks(fitted, check) if check and not leave_out_recipes else [every]:
-        its = estimates_on(fitted.of_models(models), new.of_models(rows), predictor, confidence, units[models])
-        found |= dict(zip(rows.tolist(), its, strict=True))
+    found = estimates_on(fitted, new, predictor, confidence, units)
     beyond = what_is_beyond(fitted, new)
     for row, file in enumerate(files):
         one, first, said = found[row], [], list(file.notes)
@@ -1028,12 +1062,11 @@ def estimates(
             said.append(f"the estimate disagrees with the size that the file states, {one.stated_size}")
         first = [*(note for note in said if note.startswith(FIRST)), *first]
         found[row] = replace(one, first=first, warnings=[note for note in said if note not in first])
-    return [found[row] for row in range(len(files))]
+    return found
 
 
 def estimates_on(fitted: Spectra, new: Spectra, predictor: str, confidence: float, units: Tensor) -> list[Estimate]:
     """What a predictor, fitted on labelled models, says of new ones, and how sure that is where it can be told."""
-    units = units.unique(return_inverse=True)[1]
     several, regression = bool(units.any()), predictor == "log-regression"
     if several:
         answer, left_out = leave_out(fitted, new, PREDICTORS[predictor], units)
@@ -1238,17 +1271,12 @@ def how_sure(spectra: Spectra, split: Split, predictor: Predictor) -> Tensor:
     whether the model is said not to be comparable.
     """
     fitted, new = spectra.of_models(split.train), spectra.of_models(split.test)
-    check = check_recipe(fitted, new, fitted.micro_datasets)
-    table = torch.zeros(len(new.sizes), 4, dtype=torch.float64)
-    for models, rows in who_speaks(fitted, check):
-        part, asked = fitted.of_models(models), new.of_models(rows)
-        answer, left_out = leave_out(part, asked, predictor, part.micro_datasets)
-        members = conformal_p(part.sizes, part.micro_datasets, left_out) > 0.1 + 1e-9
-        held = (members & (left_out.candidates == asked.sizes[:, None])).any(1)
-        flagged = check.p[rows] <= NOT_COMPARABLE
-        errors = (answer.sizes - asked.sizes).abs()
-        table[rows] = torch.stack([errors, held, members.sum(1), flagged], dim=1).double()
-    return table
+    units = fitted.micro_datasets
+    answer, left_out = leave_out(fitted, new, predictor, units)
+    members = conformal_p(fitted.sizes, units, left_out) > 0.1 + 1e-9
+    held = (members & (left_out.candidates == new.sizes[:, None])).any(1)
+    flagged = check_recipe(fitted, new, units).p <= NOT_COMPARABLE
+    return torch.stack([(answer.sizes - new.sizes).abs(), held, members.sum(1), flagged], dim=1).double()
 
 
 def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
