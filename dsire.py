@@ -492,8 +492,8 @@ def fitted_voters(new_estimator: Callable[[], Any], spectra: Spectra, splits: li
     try:
         with one_thread_each():
             return [vote(split) for split in splits]
-    except ValueError as error:
-        raise DsireError(f"ridge or gda needs a larger --train_size: {shown(error)}") from error
+    except (ValueError, IndexError) as error:
+        raise DsireError(f"ridge or gda needs more training models (a larger --train_size): {shown(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -875,7 +875,7 @@ def conformal_p(sizes: Tensor, units: Tensor, left_out: LeftOut) -> Tensor:
     for number, size in enumerate(labelled):
         models, columns = (sizes == size).nonzero().flatten(), compared_with == number
         _, its_unit, models_of_unit = units[models].unique(return_inverse=True, return_counts=True)
-        strange = left_out.true[models, None, None] <= left_out.turns[units[models]][:, :, columns]
+        strange = left_out.true[models, None, None] <= left_out.turns[:, :, columns][units[models]]
         weights = (1 / models_of_unit.double())[its_unit]
         p[:, columns] = (1 + torch.einsum("m,mnc->nc", weights, strange.double())) / (len(models_of_unit) + 1)
     return p
@@ -933,6 +933,8 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
     for unit in units.unique():
         rest = units != unit
         out = ~rest & torch.isin(groups, groups[rest])  # else there is nothing to compare it with
+        if not out.any():
+            continue
         columns, near = distances_to_groups(known[rest], groups[rest], torch.cat([known[out], asked]), kinds)
         far[out] = columns[: int(out.sum())]
         compared |= out
@@ -941,7 +943,7 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
     for out, columns, near in turns:
         others = compared & ~out if (compared & ~out).any() else compared
         usual = far[others].quantile(0.9, dim=0).repeat(int(groups.max()) + 1, 1)
-        for group in groups[others].unique():
+        for group in (groups[others].bincount() >= 5).nonzero().flatten():  # of fewer a quantile is chance
             usual[group] = far[others & (groups == group)].quantile(0.9, dim=0)
         most = (columns / usual[near]).amax(1)
         at_least_as_far += (most[: int(out.sum())] >= most[int(out.sum()) :, None]).sum(1)
@@ -984,29 +986,30 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
 def what_is_beyond(fitted: Spectra, new: Spectra) -> list[str]:
     """For each new model, in words, the kinds of matrix whose norms are beyond all labelled models', or ""."""
     known, asked = log_norms(fitted), log_norms(new)
-    above, below = asked - known.amax(0), known.amin(0) - asked
+    kinds = [voter.matrix for voter in fitted.voters]
+    beyond = (asked - known.amax(0)).clamp_min(0) + (asked - known.amin(0)).clamp_max(0)  # signed; 0 within the range
     said = []
-    for larger, smaller in zip(above, below, strict=True):
-        parts, within = [], []
-        for matrix in MATRICES:
-            rows = [row for row, voter in enumerate(fitted.voters) if voter.matrix == matrix]
-            if not rows:
-                continue
-            beyond = torch.maximum(larger, smaller)[rows]
-            usual, most = float(beyond.median()), int(beyond.argmax())
-            if usual > 0.05 or float(beyond[most]) > 3:
-                row = rows[most]
-                where = matrix if usual > 0.05 else f"{matrix} of {fitted.voters[row].layer}"
-                factor = math.exp(min(usual if usual > 0.05 else float(beyond[most]), 690))
-                large = float(larger[rows].median() if usual > 0.05 else larger[row]) > 0
-                times = f"{factor:.3g} times as {'large' if large else 'small'}"
-                parts.append(f"{where} is {times} as any labelled model's")
-            else:
-                within.append(matrix)
-        other = " and ".join(within) + (" are" if len(within) > 1 else " is") + " not" if within and parts else ""
-        alpha = ": another alpha?" if within and "BA" not in within else ""
-        said.append(", ".join(filter(None, ["; ".join(parts), other])) + alpha if parts else "")
+    for its in beyond:
+        parts = {}
+        for matrix in sorted(set(kinds), key=MATRICES.index):
+            rows = [row for row, kind in enumerate(kinds) if kind == matrix]
+            usual, most = float(its[rows].median()), rows[int(its[rows].abs().argmax())]
+            if abs(usual) > 0.05:  # in most layers
+                parts[matrix] = f"{matrix} is {times(usual)}"
+            elif abs(float(its[most])) > 3:
+                parts[matrix] = f"{matrix} of {shown(fitted.voters[most].layer)} is {times(float(its[most]))}"
+        text = "; ".join(f"{part} as any labelled model's" for part in parts.values())
+        said.append(
+            text + (", A and B are not: another alpha?" if [*parts] == ["BA"] and {*kinds} == {*MATRICES} else "")
+        )
     return said
+
+
+def times(log_factor: float) -> str:
+    """A factor, given as its logarithm, in words."""
+    if log_factor < -600:
+        return "zero, not as large"
+    return f"{math.exp(min(abs(log_factor), 700)):.3g} times as {'large' if log_factor > 0 else 'small'}"
 
 
 def this_very_model(fitted: Spectra, values: Tensor) -> int | None:
@@ -1036,7 +1039,8 @@ def estimates(
         names=[str(file.names[0]) for file in files],
         recipes=[],
     )
-    check = check_recipe(fitted, new, units) if units.any() else None
+    labelled = replace(fitted, recipes=[]) if leave_out_recipes else fitted  # no model of its recipe is to be near it
+    check = check_recipe(labelled, new, units) if units.any() else None
     found = estimates_on(fitted, new, predictor, confidence, units)
     beyond = what_is_beyond(fitted, new)
     for row, file in enumerate(files):
@@ -1051,7 +1055,7 @@ def estimates(
             said.append("one micro-dataset only: how sure the estimate is can't be told")
         else:
             one = replace(one, recipe_p=float(check.p[row]))
-            if fitted.of_recipe.any():
+            if labelled.of_recipe.any():
                 one = replace(one, recipe=fitted.recipes[int(check.nearest[row])])
             if one.recipe_p <= NOT_COMPARABLE and same is None and UNTRAINED not in said:
                 first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
@@ -1096,8 +1100,9 @@ def right_when_left_out(sizes: Tensor, left_out: LeftOut, predictor: str, confid
     """
     if predictor != "log-regression":
         return left_out.held_out.sizes == sizes
-    stranger = (left_out.true[None] <= left_out.true[:, None]) & (sizes[None] == sizes[:, None])
-    return stranger.sum(1) / (sizes[None] == sizes[:, None]).sum(1) > 1 - confidence
+    alike = sizes[None] == sizes[:, None]
+    at_least_as_strange = (left_out.true[None] <= left_out.true[:, None]) & alike
+    return at_least_as_strange.sum(1).double() / alike.sum(1) > 1 - confidence + 1e-9
 
 
 def what_can_be_supported(sizes: Tensor, units: Tensor, confidence: float, unit: str) -> list[str]:
@@ -1289,16 +1294,19 @@ def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
     numbers = range(int(spectra.of_recipe.max()) + 1)
 
     def asked(run: Split, labelled: Tensor) -> Tensor:
-        """[recipes, 4] with these training models, a mask, of those that the run has."""
-        found = how_sure(spectra, Split(run.train[labelled[run.train]], run.test), log_ridge)
+        """[recipes, 4] with these training models, a mask, of those that the run has; NaN where nothing can be told."""
+        train = run.train[labelled[run.train]]
+        if len(spectra.micro_datasets[train].unique()) < 2:
+            return torch.full((len(numbers), 4), math.nan, dtype=torch.float64)
+        found = how_sure(spectra, Split(train, run.test), log_ridge)
         return torch.stack([found[spectra.of_recipe[run.test] == number].mean(0) for number in numbers])
 
     its = [spectra.of_recipe == number for number in numbers]
     every = torch.ones_like(its[0])
     return {
-        "seen": torch.stack([asked(run, every) for run in runs]).mean(0),
-        "unseen": torch.stack([torch.stack([asked(run, ~its[n])[n] for n in numbers]) for run in runs]).mean(0),
-        "pairs": torch.stack([torch.stack([asked(run, its[n]) for n in numbers]) for run in runs]).mean(0),
+        "seen": torch.stack([asked(run, every) for run in runs]).nanmean(0),
+        "unseen": torch.stack([torch.stack([asked(run, ~its[n])[n] for n in numbers]) for run in runs]).nanmean(0),
+        "pairs": torch.stack([torch.stack([asked(run, its[n]) for n in numbers]) for run in runs]).nanmean(0),
     }
 
 
@@ -1328,7 +1336,7 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
     gaps = unseen_sizes(spectra, runs)
     groups = {"runs": runs, "gaps": [gap for its in gaps for gap in its]}
     others = ("frobenius", "whole-model", "ridge", "gda")
-    with tqdm(total=len(others) + 6, unit="predictor", disable=None) as progress:
+    with one_thread_each(), tqdm(total=len(others) + 6, unit="predictor", disable=None) as progress:
 
         def done(found: T) -> T:
             progress.update()
@@ -1757,13 +1765,13 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
 
 def what_is_unusual(spectra: Spectra) -> list[str]:
     """Sentences about what a user might not expect in the models: sizes that lack, models that are there twice."""
-    pairs = torch.stack([spectra.micro_datasets, spectra.sizes], dim=1)
+    pairs = torch.stack([spectra.micro_datasets, spectra.sizes, spectra.of_recipe], dim=1)
     different = pairs.unique(dim=0)
     notes = []
     if len(pairs) > len(different):
         twice = len(pairs) - len(different)
         notes.append(f"{twice} models have the micro-dataset and size of another one; all are kept")
-    sizes = different[:, 0].bincount()  # of each micro-dataset
+    sizes = different[:, :2].unique(dim=0)[:, 0].bincount()  # of each micro-dataset
     lacking = (sizes < len(spectra.sizes.unique())).nonzero().flatten().tolist()
     if lacking and len(pairs) > spectra.count:  # else no file was said to belong with another
         names = sorted(set(spectra.names))
@@ -3218,7 +3226,7 @@ def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
         like = f"of {counted(int(models), 'left-out model')} with {low:.0%} to {high:.0%} {what}, {right:g} {held}"
         lines.append(f"  {'like it':10}{like if models else f'no left-out model had {low:.0%} {what}'}")
         link = " to " if estimate.predictor == "log-regression" else " or "
-        members = link.join(map(str, estimate.confidence_set)) or "none of the sizes"
+        members = link.join(map(str, dict.fromkeys(estimate.confidence_set))) or "none of the sizes"
         lines.append(
             f"  {'so':10}{members}, with {percent(confidence)} confidence, if its recipe and size are labelled"
         )
@@ -3402,7 +3410,7 @@ def estimates_figure(plt: Any, rows: list[tuple[Estimate, Spectra, Spectra]]) ->
         held = [number for number, size in enumerate(sizes.tolist()) if estimate.holds(size)]
         for axis, matrix in zip(line, matrices, strict=True):
             its = torch.tensor([voter.matrix == matrix for voter in fitted.voters])
-            known, asked = (log_norms(side)[:, its].mean(1).exp() for side in (fitted, file))
+            known, asked = (log_norms(side)[:, its].mean(1).clamp(-300, 300).exp() for side in (fitted, file))
             for number, (recipe, colour) in enumerate(zip(recipes, size_colours(plt, recipes), strict=True)):
                 chosen, shift = fitted.of_recipe == number, 0.6 * (number + 0.5) / len(recipes) - 0.3
                 axis.scatter(place[chosen] + shift, known[chosen], s=6, color=colour, label=recipe)
@@ -3412,7 +3420,7 @@ def estimates_figure(plt: Any, rows: list[tuple[Estimate, Spectra, Spectra]]) ->
             axis.set_yscale("log")
             axis.set_xticks(range(len(sizes)), sizes.tolist())
             axis.set(xlabel="dataset size (images)", ylabel=f"norm of {matrix}")
-        what = "not comparable" if estimate.first else counted(estimate.estimate, "image")
+        what = estimate.first[0][:40] if estimate.first else counted(estimate.estimate, "image")
         line[0].set_title(f"{shown(Path(estimate.file).name)}: {what}", loc="left", fontsize=10)
     axes[0, -1].legend(fontsize=7)
     figure.suptitle("Frobenius norms, geometric mean over layers; shaded: the set of sizes", fontsize=10)
@@ -3496,6 +3504,8 @@ def run(arguments: argparse.Namespace) -> int:
     notes: list[str] = []
     if arguments.predict and arguments.compare:
         raise DsireError("--compare is about the labelled models: leave it out with --predict")
+    if arguments.leave_out == "recipe" and not arguments.predict:
+        raise DsireError("--leave_out is about how sure --predict is: leave it out")
     if arguments.confidence and not arguments.predict:
         raise DsireError("--confidence is about the sets of sizes that --predict names: leave it out")
     arguments.confidence = arguments.confidence or 0.9
@@ -3574,6 +3584,8 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
         details |= {name: {row: mean_and_std(its) for row, its in table.items()} for name, table in tables}
         details["by_layer"] = dict(zip(map(" ".join, spectra.voters), found.accuracies.tolist(), strict=True))
         details["by_block"] = by_block(spectra, found.accuracies)
+        details["unlabelled"] = found.unlabelled
+        details["sure"] = {name: torch.cat(its).mean(0).tolist() for name, its in found.sure.items()}
         details["by_recipe"] = {name: table.tolist() for name, table in found.recipes.items()}
     if arguments.output:
         write_predictions(arguments.output, spectra, results)

@@ -166,3 +166,43 @@ def test_models_alike_are_all_that_are_tied() -> None:
     shares, right = torch.ones(240, dtype=torch.float64), torch.arange(240) >= 24
     assert dsire.models_alike(1.0, shares, right) == [1, 1, 240, 216]
     assert dsire.models_alike(1.0, torch.linspace(0.57, 0.84, 24, dtype=torch.float64), right[:24])[2] == 0
+
+
+@pytest.mark.parametrize(("micro_datasets", "with_last"), [(12, 2), (3, 3), (2, 2)])
+def test_few_models_of_a_size_do_not_make_false_alarms(micro_datasets: int, with_last: int) -> None:
+    """The largest size is in the first few micro-datasets only. Half of 120 files have it: 5 % and four errors."""
+    flagged = []
+    for turn in range(10):
+        whole = made_up(micro_datasets, seed=10 + turn)
+        fitted = whole.of_models((whole.sizes < SIZES[-1]) | (whole.micro_datasets < with_last))
+        new = made_up(6, seed=100 + turn)
+        flagged.append(p_of(fitted, new.of_models(new.sizes != SIZES[1])) <= 0.05)
+    assert float(torch.cat(flagged).double().mean()) <= 0.13
+
+
+def test_what_cannot_be_compared_is_not_flagged() -> None:
+    """Two models of two sizes: nothing is left to compare either of them with."""
+    two = made_up(2).of_models(torch.tensor([0, 4]))
+    assert p_of(two, made_up(1, seed=3)).tolist() == [1, 1, 1]
+
+
+def test_recipes_can_be_what_is_left_out() -> None:
+    """Nine recipes, each a little larger than the one before; one of their kind, and one 30 times as large."""
+    parts = [made_up(2, seed=turn, factor=1.02**turn, recipe=f"recipe {turn}") for turn in range(9)]
+    new = made_up(4, seed=50, factor=1.02**4.5)
+    files = [new.of_models(torch.tensor([row])) for row in range(12)]
+    found = dsire.estimates(together(*parts), files, "log-ridge", 0.9, leave_out_recipes=True)
+    assert sum(one.holds(size) for one, size in zip(found, new.sizes.tolist(), strict=True)) >= 9
+    assert sum(one.recipe_p > 0.05 for one in found) >= 9
+    assert {one.recipe for one in found} == {""}
+    far = dsire.replace(new, values=30 * new.values).of_models(torch.tensor([0]))
+    assert dsire.estimates(together(*parts), [far], "log-ridge", 0.9, leave_out_recipes=True)[0].first
+
+
+def test_recipes_of_different_micro_datasets_are_compared() -> None:
+    """What can't be told is NaN and breaks nothing: a run may have no training model of a recipe."""
+    one, other = made_up(6, 0, 1.0, "a"), made_up(6, 1, 3.0, "b")
+    other = dsire.replace(other, names=[name + 6 for name in other.names])
+    comparison = dsire.compare(together(one, other), dsire.Protocol(2, 4, 0))
+    assert comparison.recipes["pairs"].shape == (2, 2, 4)
+    assert dsire.recipe_lines(together(one, other), comparison.recipes)
