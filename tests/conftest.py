@@ -8,8 +8,9 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,17 @@ def tiny_wise() -> Path:
     return TINY_WISE
 
 
+@pytest.fixture(scope="session")
+def shipped(tiny_wise: Path) -> dsire.Spectra:
+    """The spectra of the subset that ships."""
+    files = parquet_files(tiny_wise / "low" / "4")
+    return dsire.join_shards([dsire.shard_spectra(file, RANK) for file in files], [str(file) for file in files])
+
+
+def split_of(train: Iterable[int], test: Iterable[int]) -> dsire.Split:
+    return dsire.Split(*(torch.tensor(list(models), dtype=torch.int64) for models in (train, test)))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """20 micro-datasets of 6 sizes in three shards, made by a formula."""
@@ -193,11 +205,21 @@ def run_anew(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[HubStandIn]:
-    """The stand-in Hub, with `folder` as the dataset that the command takes by default."""
+    """The stand-in Hub, with `folder` as the dataset LoRA-WiSE.
+
+    A run that ended with an error may still be fetching a shard ahead: it ends before the next test starts.
+    """
     from huggingface_hub import HfFileSystem, close_session
+
+    def wait_for_downloads(seconds: float) -> None:
+        for thread in threading.enumerate():
+            if thread.name.endswith("(work)"):  # dsire.in_background
+                thread.join(seconds)
 
     with HubStandIn(folder, dsire.LORA_WISE, port=PORT) as stand_in:
         yield stand_in
+        wait_for_downloads(2)
+    wait_for_downloads(20)  # what stalled is cut off
     HfFileSystem.clear_instance_cache()
     close_session()
 

@@ -85,6 +85,25 @@ def test_shards_are_fetched_once_deleted_and_not_needed_again(
     assert f"going on with commit {hub.commit[:12]}" in third.out
 
 
+@pytest.mark.parametrize(("page_size", "pages"), [(1000, 1), (4, 2)])
+def test_the_hub_is_asked_for_one_listing_the_card_and_the_shards(
+    run: Run, hub: HubStandIn, folder: Path, page_size: int, pages: int
+) -> None:
+    """Six entries: README.md, two folders and three shards; in pages, as the Hub gives a long listing."""
+    hub.page_size = page_size
+    assert_right(run(*SUBSET), folder)
+    about = f"/api/datasets/{dsire.LORA_WISE}"
+    asked = [request.path for request in hub.requests if request.path.startswith("/api/")]
+    assert asked == [about, *pages * [f"{about}/tree/{hub.commit}"]]
+    fetched = Counter(Path(request.path).name for request in hub.requests if request.status == 200 and request.sent)
+    assert {name: times for name, times in fetched.items() if "." in name} == {
+        "README.md": 1,
+        FIRST: 1,
+        SECOND: 1,
+        THIRD: 1,
+    }
+
+
 def test_the_shipped_subset_from_the_hub(run: Run, hub: HubStandIn, tiny_wise: Path) -> None:
     hub.add(tiny_wise, "somebody/tiny-wise")
     local = run()
@@ -181,7 +200,10 @@ def test_a_shard_that_is_no_parquet_on_the_hub_either(run: Run, hub: HubStandIn,
 def test_a_hub_that_is_busy_is_asked_again(run: Run, hub: HubStandIn, folder: Path) -> None:
     hub.faults.status("/api/datasets/*", 503)
     hub.faults.status(f"/cdn/*{SECOND}", 500)
-    assert_right(run(*SUBSET), folder)
+    outcome = run(*SUBSET)
+    assert_right(outcome, folder)
+    assert all(line.endswith("; asking again") for line in outcome.err.splitlines())
+    assert "HTTP 503" in outcome.err
 
 
 @pytest.mark.parametrize("kind", ["tag", "commit"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import io
 import os
 import statistics
@@ -215,3 +216,8 @@ def test_one_size_in_training_only_and_one_in_testing_only(run: Run, tmp_path: P
     outcome = run(f"--dataset={folder}", "--train_size=1")
     assert outcome.code == 0, outcome.err
     assert {guess for _, _, size, guess, _ in rows_of(outcome.predictions) if size == 40} <= {1, 2}
+
+
+def test_the_examples_in_docstrings() -> None:
+    assert any("layer_name" in test.name and test.examples for test in doctest.DocTestFinder().find(dsire))
+    assert doctest.testmod(dsire).failed == 0

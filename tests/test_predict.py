@@ -15,7 +15,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import LAYERS, PORT, RANK, ROOT, Model, Outcome, Run, models_of, parquet_files, weights_of, write_folder
+from conftest import (
+    LAYERS,
+    PORT,
+    RANK,
+    ROOT,
+    Model,
+    Outcome,
+    Run,
+    models_of,
+    parquet_files,
+    split_of,
+    weights_of,
+    write_folder,
+)
 from conftest import table_of as wise_table
 from hub_stand_in import HubStandIn
 from lora_writers import adapter, by_hand, kohya_keys, one_layer, write, write_model
@@ -51,6 +64,11 @@ def estimates_in(outcome: Outcome) -> list[dict[str, Any]]:
     return outcome.report["estimates"]
 
 
+def about(estimate: dict[str, Any]) -> dict[str, Any]:
+    """An estimate to compare with: shares are those of sums that may be rounded in another order."""
+    return {**estimate, **{name: pytest.approx(estimate[name]) for name in ("votes", "vote_share", "alike")}}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -59,23 +77,27 @@ def test_files_of_a_subset_in_parquet_are_recognised(folder: Path, tmp_path: Pat
     """A labelled model, written as a file, is its own nearest neighbour: all voters name its size."""
     known = ("thing_03", 5)
     file = write_model(tmp_path / "known.safetensors", known)
-    outcome = run("--dataset", folder, "--subset=low_4", "--predict", file)
+    outcome = run("--dataset", folder, "--subset=low_4", "--predictor=dsire", "--predict", file)
     assert (outcome.code, outcome.err) == (0, "")
     (one,) = estimates_in(outcome)
     assert one["file"] == str(file)
     assert one["estimate"] == 5
     assert one["votes"] == {str(size): float(size == 5) for size in (1, 2, 3, 4, 5, 6)}
     assert one["vote_share"] == 1
-    assert any("among the labelled" in warning for warning in one["warnings"])
+    assert "this very model is among the labelled ones: thing_03 of 5 images" in one["warnings"]
     assert f"{file}: 5 images" in outcome.out
 
 
-def test_the_estimate_does_not_depend_on_what_else_is_asked(own: Path, tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("predictor", ["dsire", "log-ridge"])
+def test_the_estimate_does_not_depend_on_what_else_is_asked(
+    own: Path, tmp_path: Path, run: Run, predictor: str
+) -> None:
     files = [write_model(tmp_path / f"new_{size}.safetensors", ("new", size)) for size in SIZES]
-    together = estimates_in(run("--dataset", own, "--predict", *files))
+    options = ["--dataset", own, f"--predictor={predictor}", "--predict"]
+    together = estimates_in(run(*options, *files))
     assert [one["file"] for one in together] == [str(file) for file in files]
     for file, one in zip(files, together, strict=True):
-        assert estimates_in(run("--dataset", own, "--predict", file)) == [one]
+        assert estimates_in(run(*options, file)) == [about(one)]
 
 
 def test_the_other_files_are_done_when_one_is_bad(own: Path, tmp_path: Path, run: Run) -> None:
@@ -99,16 +121,22 @@ def test_one_bad_file_alone_leaves_an_empty_table(own: Path, tmp_path: Path, run
 
 
 def test_tables(own: Path, tmp_path: Path, run: Run) -> None:
-    """estimates.csv has the documented columns, and says what report.json says."""
-    file = write_model(tmp_path / "with, comma.safetensors", ("new", 2), kohya_header(17))
-    outcome = run("--dataset", own, "--predict", file, "--confidence=0.7")
-    (row,) = csv.DictReader(io.StringIO((outcome.output / "estimates.csv").read_text()))
+    """estimates.csv has the documented columns, and says what report.json says; a file that is refused comes last."""
+    file, bad = write_model(tmp_path / "with, comma.safetensors", ("new", 2), kohya_header(17)), tmp_path / "bad.bin"
+    bad.write_text("no tensors")
+    outcome = run("--dataset", own, "--predict", bad, file, "--confidence=0.7")
+    row, refused = csv.DictReader(io.StringIO((outcome.output / "estimates.csv").read_text()))
     (one,) = estimates_in(outcome)
-    assert list(row) == ["file", "estimate", "vote_share", "confidence_set", "stated_size", "warnings"]
+    assert list(row) == ["file", "estimate", "vote_share", "confidence_set", "recipe_p", "stated_size", "warnings"]
+    assert {name for name, cell in refused.items() if cell} == {"file", "warnings"}
+    assert refused["file"] == str(bad)
+    assert outcome.report["refused"] == {str(bad): refused["warnings"]}
+    assert outcome.err == f"dsire.py: error: {refused['warnings']}\n"
     assert row["file"] == str(file)
     assert float(row["estimate"]) == one["estimate"]
     assert float(row["vote_share"]) == pytest.approx(max(one["votes"].values()), abs=1e-4)
     assert [int(size) for size in row["confidence_set"].split(" ") if size] == one["confidence_set"]
+    assert float(row["recipe_p"]) == pytest.approx(one["recipe_p"], abs=1e-4)
     assert row["stated_size"] == "17"
     assert all(warning in row["warnings"] for warning in one["warnings"])
     assert outcome.report["settings"]["confidence"] == 0.7
@@ -142,7 +170,9 @@ def test_a_folder_of_adapters_is_predicted(own: Path, tmp_path: Path, run: Run) 
     assert one["file"].endswith("checkpoint-10/adapter_model.safetensors")
     assert other["file"].endswith("checkpoint-20/adapter_model.safetensors")
     plain = write_model(tmp_path / "plain.safetensors", ("new", 2))
-    assert one["votes"] == other["votes"] == estimates_in(run("--dataset", own, "--predict", plain))[0]["votes"]
+    (expected,) = estimates_in(run("--dataset", own, "--predict", plain))
+    assert one["votes"] == about(expected)["votes"]
+    assert other["votes"] == about(expected)["votes"]
 
 
 def test_a_stated_size_is_shown_and_a_disagreement_said(own: Path, tmp_path: Path, run: Run) -> None:
@@ -294,7 +324,7 @@ def test_the_same_layers_of_another_rank(own: Path, tmp_path: Path, run: Run) ->
 def test_missing_and_additional_layers_are_counted(own: Path, tmp_path: Path, run: Run) -> None:
     """Of three fitted layers one is there, one is missing, and one has another shape; two are unknown."""
     file = write_model(tmp_path / "other.safetensors", ("new", 2), layers=[LAYERS[0], LAYERS[2], "unet.a", "unet.b"])
-    outcome = run("--dataset", own, "--predict", file)
+    outcome = run("--dataset", own, "--predictor=dsire", "--predict", file)
     assert outcome.code == 0, outcome.err
     (one,) = estimates_in(outcome)
     said = " | ".join(one["warnings"])
@@ -312,7 +342,7 @@ def test_files_with_different_layers_are_judged_each_by_its_own(own: Path, tmp_p
     files = [whole[0], part, *whole[1:]]
     found = estimates_in(run("--dataset", own, "--predict", *files))
     assert [one["file"] for one in found] == [str(file) for file in files]
-    assert found[1] == estimates_in(run("--dataset", own, "--predict", part))[0]
+    assert found[1] == about(estimates_in(run("--dataset", own, "--predict", part))[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,20 +363,23 @@ def test_a_file_that_is_unlike_every_labelled_model_gets_a_warning(folder: Path,
         write(tmp_path / "even.safetensors", {key: 5 * torch.rand(shape) for key, shape in shapes.items()}),
     ]
     outcome = run("--dataset", folder, "--subset=low_4", "--predict", *files)
-    warned = ["unlike every labelled model" in " ".join(one["warnings"]) for one in estimates_in(outcome)]
-    assert warned == [False, True, True, True]
-    assert outcome.out.count("unlike every labelled model") == 3
+    first = [" ".join(one["first"]) for one in estimates_in(outcome)]
+    assert ["not comparable" in said for said in first] == [False, True, True, True]
+    assert [one["recipe_p"] <= 0.05 for one in estimates_in(outcome)] == [False, True, True, True]
+    assert "times as large as any labelled model's" in first[1]
+    assert "times as small as any labelled model's" in first[2]
+    assert [f"{file}: not comparable" in outcome.out for file in files] == [False, True, True, True]
 
 
 def test_an_untrained_file_says_so(own: Path, tmp_path: Path, run: Run) -> None:
     tensors = {key: torch.from_numpy(matrix) * (".up." not in key) for key, matrix in weights_of(("new", 2)).items()}
     outcome = run("--dataset", own, "--predict", write(tmp_path / "fresh.safetensors", tensors))
     (one,) = estimates_in(outcome)
-    assert any("untrained" in warning for warning in one["warnings"])
+    assert any("untrained" in said for said in one["first"])
     first = next(key for key in tensors if ".up." in key)
     tensors = {key: torch.from_numpy(matrix) * (key != first) for key, matrix in weights_of(("new", 2)).items()}
     (one,) = estimates_in(run("--dataset", own, "--predict", write(tmp_path / "partly.safetensors", tensors)))
-    assert not any("untrained" in warning for warning in one["warnings"])
+    assert not any("untrained" in said for said in [*one["first"], *one["warnings"]])
     assert any("zero in 1 of 3 layers" in warning for warning in one["warnings"])
 
 
@@ -360,7 +393,7 @@ def test_copies_among_the_labelled_models(tmp_path: Path, run: Run) -> None:
     outcome = run("--dataset", folder, "--predict", file, folder / "copy" / "1.safetensors")
     assert outcome.code == 0
     new, copy = estimates_in(outcome)
-    assert any("unlike every labelled model" in warning for warning in new["warnings"])
+    assert not any("among the labelled" in warning for warning in new["warnings"])
     assert any("among the labelled" in warning for warning in copy["warnings"])
 
 
@@ -379,6 +412,10 @@ def made_up(micro_datasets: int, sizes: tuple[int, ...] = SIZES, voters: int = 7
     return dsire.Spectra(0.5 * noise - numbers.double()[:, None], numbers, [name for name, _ in models], names, shapes)
 
 
+def without(spectra: dsire.Spectra, name: Any) -> dsire.Spectra:
+    return spectra.of_models(torch.tensor([its_name != name for its_name in spectra.names]))
+
+
 def vote_shares(train: dsire.Spectra, values: Tensor, sizes: list[int]) -> dict[int, Fraction]:
     """Size -> share of the voters whose nearest training model has it; values [voters, r] of one model."""
     counts = dict.fromkeys(sizes, 0)
@@ -388,87 +425,98 @@ def vote_shares(train: dsire.Spectra, values: Tensor, sizes: list[int]) -> dict[
     return {size: Fraction(count, len(values)) for size, count in counts.items()}
 
 
-def set_by_the_book(fitted: dsire.Spectra, values: Tensor, confidence: str) -> list[int]:
-    """The set of the formula in `estimates`, one model and one comparison after the other, in exact fractions."""
+def p_by_the_book(fitted: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
+    """Size -> p by the formula in `conformal_p`, one model and one comparison after the other, in exact fractions."""
     sizes = sorted(set(fitted.sizes.tolist()))
-    total = dict.fromkeys(sizes, Fraction(1))
-    folds = sorted(set(fitted.names))
-    for fold in folds:
-        inside = [model for model, name in enumerate(fitted.names) if name == fold]
-        rest = fitted.of_models([model for model, name in enumerate(fitted.names) if name != fold])
+    total, units = dict.fromkeys(sizes, Fraction(1)), dict.fromkeys(sizes, 0)
+    for fold in sorted(set(fitted.names)):
+        rest = without(fitted, fold)
         new = vote_shares(rest, values, sizes)
-        scores = [1 - vote_shares(rest, fitted.values[:, model], sizes)[int(fitted.sizes[model])] for model in inside]
         for size in sizes:
-            total[size] += Fraction(sum(score >= 1 - new[size] for score in scores), len(scores))
-    return [size for size in sizes if total[size] / (len(folds) + 1) > 1 - Fraction(confidence)]
+            models = [model for model, name in enumerate(fitted.names) if (name, fitted.sizes[model]) == (fold, size)]
+            shares = [vote_shares(rest, fitted.values[:, model], sizes)[size] for model in models]
+            if shares:
+                total[size] += Fraction(sum(share <= new[size] for share in shares), len(shares))
+                units[size] += 1
+    return {size: total[size] / (units[size] + 1) for size in sizes}
 
 
-@pytest.mark.parametrize("confidence", ["0.5", "0.75", "0.8", "0.9"])
+def files_of(spectra: dsire.Spectra) -> list[dsire.Spectra]:
+    return [spectra.of_models(torch.tensor([model])) for model in range(len(spectra.names))]
+
+
+def assert_sets_of_the_formula(fitted: dsire.Spectra, new: dsire.Spectra) -> None:
+    expected = [p_by_the_book(fitted, values) for values in new.values.unbind(1)]
+    for confidence in ("0.4", "0.5", "0.75", "0.8", "0.9"):
+        found = dsire.estimates(fitted, files_of(new), "dsire", float(confidence))
+        sets = [[size for size, its_p in p.items() if its_p > 1 - Fraction(confidence)] for p in expected]
+        assert [one.confidence_set for one in found] == sets
+
+
 @pytest.mark.parametrize("micro_datasets", [2, 3, 6, 9])
-def test_the_prediction_set_is_that_of_its_formula(micro_datasets: int, confidence: str) -> None:
-    fitted = made_up(micro_datasets)
-    new = made_up(2, seed=1)
-    files = [new.of_models([model]) for model in range(6)]
-    found = dsire.estimates(fitted, files, dsire.dsire, float(confidence))
-    for file, one in zip(files, found, strict=True):
-        assert one.confidence_set == set_by_the_book(fitted, file.values[:, 0], confidence)
+def test_the_prediction_set_is_that_of_its_formula(micro_datasets: int) -> None:
+    assert_sets_of_the_formula(made_up(micro_datasets), made_up(2, seed=1))
 
 
 def test_the_prediction_set_where_a_size_is_in_one_micro_dataset_only() -> None:
-    """While that one is left out, nobody votes for the size."""
+    """While that one is left out, nobody votes for the size; another micro-dataset has each size twice."""
     whole = made_up(5, (1, 2, 3, 9))
     kept = [model for model, name in enumerate(whole.names) if name == "thing_02" or whole.sizes[model] != 9]
-    fitted = whole.of_models(kept)
+    fitted = whole.of_models(torch.tensor(kept))
+    fitted = dsire.replace(fitted, names=["thing_00" if name == "thing_01" else name for name in fitted.names])
     assert fitted.sizes.tolist().count(9) == 1
-    files = [made_up(2, (1, 9), seed=1).of_models([model]) for model in range(4)]
-    for confidence in ("0.5", "0.8"):
-        found = dsire.estimates(fitted, files, dsire.dsire, float(confidence))
-        for file, one in zip(files, found, strict=True):
-            assert one.confidence_set == set_by_the_book(fitted, file.values[:, 0], confidence)
+    assert_sets_of_the_formula(fitted, made_up(2, (1, 9), seed=1))
+
+
+def alike_by_the_book(share: Fraction, shares: list[Fraction], right: list[bool]) -> list[float]:
+    """The nearest tenth of the shares (ten at least, and all that are as near), those within 0.1: what is said."""
+    order = sorted(abs(other - share) for other in shares)
+    limit = min(order[min(len(order), max(10, len(order) // 10)) - 1], Fraction(1, 10))
+    alike = [(other, hit) for other, hit in zip(shares, right, strict=True) if abs(other - share) <= limit]
+    ends = [float(end([other for other, _ in alike], default=share)) for end in (min, max)]
+    return [*map(pytest.approx, ends), len(alike), sum(hit for _, hit in alike)]
 
 
 def test_what_was_right_before_is_counted_by_hand() -> None:
-    """Of the ten left-out models whose winning share is nearest to the file's."""
-    fitted, new = made_up(6), made_up(2, seed=1)
+    fitted, files = made_up(6), files_of(made_up(2, seed=1))
     sizes = sorted(set(fitted.sizes.tolist()))
     shares, hits = [], []
-    for fold in sorted(set(fitted.names)):
-        rest = fitted.of_models([model for model, name in enumerate(fitted.names) if name != fold])
-        for model in [model for model, name in enumerate(fitted.names) if name == fold]:
-            its_shares = vote_shares(rest, fitted.values[:, model], sizes)
-            winner = int(dsire.dsire(rest, fitted.of_models([model])).sizes)
-            shares.append(float(its_shares[winner]))
-            hits.append(winner == fitted.sizes[model])
-    for model in range(6):
-        (one,) = dsire.estimates(fitted, [new.of_models([model])], dsire.dsire, 0.9)
-        low, high, count, right = one.alike
-        share = max(one.votes.values())
-        order = sorted(range(len(shares)), key=lambda held: abs(shares[held] - share))[:10]  # stable
-        assert count == 10
-        assert (low, high) == pytest.approx((min(shares[held] for held in order), max(shares[held] for held in order)))
-        assert right == sum(hits[held] for held in order)
+    for model, name in enumerate(fitted.names):
+        its_shares = vote_shares(without(fitted, name), fitted.values[:, model], sizes)
+        rest = [other for other, other_name in enumerate(fitted.names) if other_name != name]
+        (prediction,) = dsire.dsire(fitted, [split_of(rest, [model])])
+        winner = int(prediction.sizes)
+        shares.append(its_shares[winner])
+        hits.append(bool(winner == fitted.sizes[model]))
+    for file, one in zip(files, dsire.estimates(fitted, files, "dsire", 0.9), strict=True):
+        share = max(vote_shares(fitted, file.values[:, 0], sizes).values())
+        assert one.alike == alike_by_the_book(share, shares, hits)
+
+
+@pytest.mark.parametrize(("models", "share"), [(8, "1/2"), (99, "1/2"), (250, "1/2"), (250, "0"), (40, "9/8")])
+def test_what_was_right_before_of_any_number_of_models(models: int, share: str) -> None:
+    """Of 250 models the tenth is 25; of 8, all; far from all of them, none."""
+    shares = [Fraction(number * 7 % models, models) for number in range(models)]
+    right = [number % 3 > 0 for number in range(models)]
+    found = dsire.models_alike(
+        float(Fraction(share)), torch.tensor([float(its) for its in shares], dtype=torch.float64), torch.tensor(right)
+    )
+    assert found == alike_by_the_book(Fraction(share), shares, right)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The subset that ships
 
 
-def shipped(tiny_wise: Path) -> dsire.Spectra:
-    files = parquet_files(tiny_wise / "low" / "4")
-    return dsire.join_shards([dsire.shard_spectra(file, RANK) for file in files], [str(file) for file in files])
-
-
 @pytest.fixture(scope="module")
-def left_out(tiny_wise: Path) -> dict[str, list[tuple[int, dsire.Estimate]]]:
+def left_out(shipped: dsire.Spectra) -> dict[str, list[tuple[int, dsire.Estimate]]]:
     """Micro-dataset -> the true size of each of its models, and its estimate from all the other micro-datasets."""
-    spectra = shipped(tiny_wise)
     found = {}
-    for name in spectra.micro_datasets():
-        labelled = spectra.of_models([model for model, its_name in enumerate(spectra.names) if its_name != name])
-        models = [model for model, its_name in enumerate(spectra.names) if its_name == name]
-        files = [spectra.of_models([model]) for model in models]
-        new = dsire.estimates(labelled, files, dsire.dsire, 0.9)
-        found[name] = list(zip(spectra.sizes[models].tolist(), new, strict=True))
+    for number, name in enumerate(sorted(set(shipped.names))):
+        asked = shipped.micro_datasets == number
+        files = files_of(shipped.of_models(asked))
+        new = dsire.estimates(shipped.of_models(~asked), files, "dsire", 0.9)
+        found[name] = list(zip(shipped.sizes[asked].tolist(), new, strict=True))
     return found
 
 
@@ -487,14 +535,17 @@ def test_the_prediction_set_covers_left_out_models(left_out: dict[str, list[tupl
     assert mean < 6
 
 
-def test_left_out_models_are_not_unlike_the_others(left_out: dict[str, list[tuple[int, dsire.Estimate]]]) -> None:
-    """The limit is the farthest of the other left-out models, so few can be beyond it."""
-    warned = [any("unlike" in warning for warning in one.warnings) for models in left_out.values() for _, one in models]
-    assert sum(warned) <= 0.05 * len(warned)
+def test_left_out_models_are_comparable_with_the_others(left_out: dict[str, list[tuple[int, dsire.Estimate]]]) -> None:
+    """One in twenty is said not to be, and two standard errors over the micro-datasets more at most."""
+    flagged = torch.tensor(
+        [[bool(one.first) for _, one in models] for models in left_out.values()], dtype=torch.float64
+    ).mean(1)
+    print(f"not comparable {flagged.mean():.3f}")
+    assert flagged.mean() <= 0.05 + 2 * float(flagged.std()) / len(flagged) ** 0.5
 
 
 def test_left_out_models_as_files_get_the_estimates_of_the_evaluation(
-    tiny_wise: Path, tmp_path: Path, run: Run
+    tiny_wise: Path, tmp_path: Path, run: Run, shipped: dsire.Spectra
 ) -> None:
     """One split of the protocol: the test models, written as kohya writes them, against the others in parquet."""
     import pyarrow as pa
@@ -515,10 +566,9 @@ def test_left_out_models_as_files_get_the_estimates_of_the_evaluation(
             a, b = torch.tensor(flat[0]).view(RANK, -1), torch.tensor(flat[1]).view(-1, RANK)
             tensors |= {down: a, up: b, alpha: torch.tensor(float(RANK))}
         files.append(write(tmp_path / "new" / f"{model:03d}.safetensors", tensors))
-    outcome = run("--dataset", rest, "--subset=low_4", "--predict", *files)
+    outcome = run("--dataset", rest, "--subset=low_4", "--predictor=dsire", "--predict", *files)
     assert (outcome.code, outcome.err) == (0, "")
-    spectra = shipped(tiny_wise)
-    wanted = dsire.dsire(spectra.of_models(train), spectra.of_models(test))
+    (wanted,) = dsire.dsire(shipped, [split_of(train, test)])
     found = estimates_in(outcome)
     assert [one["estimate"] for one in found] == wanted.sizes.tolist()
     for one, shares in zip(found, wanted.shares.tolist(), strict=True):
@@ -547,14 +597,14 @@ def test_the_subset_that_ships_is_the_default(tiny_wise: Path, tmp_path: Path, r
 def test_a_folder_of_lora_files_evaluates_as_parquet_does(tmp_path: Path, run: Run) -> None:
     models = models_of(6, SIZES)
     own = write_own(tmp_path / "own", models)
-    in_parquet = write_folder(tmp_path / "wise", [wise_table(sorted(models))])
+    in_parquet = write_folder(tmp_path / "wise", [wise_table(models)])
     options = ["--experiments=4", "--train_size=4"]
     outcome = run("--dataset", own, *options)
     assert outcome.code == 0, outcome.err
-    as_files = outcome.report, outcome.predictions
+    as_files = [*map(pytest.approx, outcome.report["experiments"])], sorted(outcome.predictions.splitlines())
     outcome = run("--dataset", in_parquet, "--subset=low_4", *options)
-    assert as_files[0]["experiments"] == outcome.report["experiments"]
-    assert as_files[1] == outcome.predictions
+    assert outcome.report["experiments"] == as_files[0]
+    assert sorted(outcome.predictions.splitlines()) == as_files[1]
 
 
 def test_a_folder_without_names_has_a_micro_dataset_for_each_file(tmp_path: Path, run: Run) -> None:
@@ -588,7 +638,7 @@ def test_a_folder_of_adapters_of_peft(tmp_path: Path, run: Run) -> None:
 
 
 def test_a_folder_whose_files_state_their_sizes(tmp_path: Path, run: Run) -> None:
-    """No metadata.csv: the sizes' source is said, and the files without one are counted and named."""
+    """No metadata.csv: the sizes are said with their source, and the files without one are counted and named."""
     folder = tmp_path / "own"
     for size in (4, 7):
         for name in "ab":
@@ -597,9 +647,8 @@ def test_a_folder_whose_files_state_their_sizes(tmp_path: Path, run: Run) -> Non
     outcome = run("--dataset", folder, "--train_size=3", "--experiments=2")
     assert outcome.code == 0, outcome.err
     assert "4 models, 4 micro-datasets, sizes 4 7" in outcome.out
-    (line,) = [line for line in outcome.out.splitlines() if "ss_dataset_dirs" in line]  # one for all that say the same
-    assert "a_4.safetensors: " in line
-    assert "4 images" in line
+    (line,) = [line for line in outcome.out.splitlines() if "states its own size" in line]
+    assert "a_4.safetensors: states its own size: 4 images (ss_dataset_dirs)" in line
     assert "3 other files" in line
     (line,) = [line for line in outcome.out.splitlines() if "silent.safetensors" in line]
     assert "left out" in line
@@ -614,8 +663,8 @@ def test_metadata_csv_goes_before_what_the_files_state(tmp_path: Path, run: Run)
     (folder / "metadata.csv").write_text("file_name,label\na.safetensors,8\nb.safetensors,9\n")
     outcome = run("--dataset", folder, "--train_size=1", "--experiments=1")
     assert "2 models, 2 micro-datasets, sizes 8 9" in outcome.out
-    (line,) = [line for line in outcome.out.splitlines() if "c.safetensors" in line and "left out" in line]
-    assert "metadata.csv" in line
+    (line,) = [line for line in outcome.out.splitlines() if "c.safetensors" in line]
+    assert "not in metadata.csv" in line
 
 
 def test_a_folder_where_no_file_has_a_size(tmp_path: Path, run: Run) -> None:
@@ -628,7 +677,8 @@ def test_a_folder_where_no_file_has_a_size(tmp_path: Path, run: Run) -> None:
     [
         ("file_name,size\na.safetensors,4\n", ["label"]),
         ("label,name\n4,a\n", ["file_name"]),
-        ("", ["file_name and label"]),
+        ("", ["needs the columns file_name and label"]),
+        ("file_name,label\n", ["lists no file"]),
         ("file_name,label\na.safetensors,four\n", ["'four'", "a.safetensors"]),
         ("file_name,label\na.safetensors,0\n", ["'0'", "a.safetensors"]),
         ("file_name,label\na.safetensors,-3\n", ["'-3'", "a.safetensors"]),
@@ -750,7 +800,7 @@ def test_one_layer_of_convolutions_can_be_labelled(tmp_path: Path, run: Run) -> 
         random = torch.Generator().manual_seed(size)
         down, up = torch.randn(2, 3, 3, 3, generator=random), torch.randn(5, 2, 1, 1, generator=random)
         write(folder / f"{size}.safetensors", one_layer(down=down, up=up), kohya_header(size))
-    found = estimates_in(run("--dataset", folder, "--predict", folder))
+    found = estimates_in(run("--dataset", folder, "--predictor=dsire", "--predict", folder))
     assert [one["estimate"] for one in found] == list(SIZES)
 
 
@@ -762,11 +812,11 @@ def test_settings_beside_a_labelled_file_are_part_of_its_version(tmp_path: Path,
     (folder / "metadata.csv").write_text(
         "file_name,label\na/adapter_model.safetensors,1\nb/adapter_model.safetensors,2\n"
     )
-    before = dsire.subset_spectra(dsire.lora_folder(folder), 0, tmp_path / "cache").values
+    before = dsire.subset_spectra(dsire.folder_source(folder, None), 0, tmp_path / "cache").values
     for name in ("a", "b"):
         settings = folder / name / "adapter_config.json"
         settings.write_text(settings.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
-    after = dsire.subset_spectra(dsire.lora_folder(folder), 0, tmp_path / "cache").values
+    after = dsire.subset_spectra(dsire.folder_source(folder, None), 0, tmp_path / "cache").values
     torch.testing.assert_close(after[-1], 2 * before[-1])  # the last voter is a product
 
 

@@ -23,16 +23,15 @@ PROTOCOL = dsire.Protocol(experiments=2)
 
 
 @pytest.fixture(scope="module")
-def shipped(tiny_wise: Path) -> dsire.Spectra:
-    """A sixth of the shipped subset's voters, so that a plain classifier for each is quick."""
-    shards = [dsire.shard_spectra(path, 4) for path in sorted((tiny_wise / "low" / "4").glob("*.parquet"))]
-    spectra = dsire.join_shards(shards, ["shard"] * len(shards))
-    return spectra.of_voters(spectra.voters[::6])
+def part(shipped: dsire.Spectra) -> dsire.Spectra:
+    """A fifth of the shipped subset's voters, so that a plain classifier for each is quick."""
+    return shipped.of_voters(shipped.voters[::5])
 
 
-def halves(spectra: dsire.Spectra, number: int = 0) -> tuple[dsire.Spectra, dsire.Spectra]:
-    train, test = list(dsire.splits(spectra.names, PROTOCOL))[number]
-    return spectra.of_models(train), spectra.of_models(test)
+def arrays_of(spectra: dsire.Spectra, run: dsire.Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a predictor is given: training spectra [voters, models, r], their sizes, and the spectra of test models."""
+    x, y = spectra.values.numpy(), spectra.sizes.numpy()
+    return x[:, run.train], y[run.train], x[:, run.test]
 
 
 def winners(votes: np.ndarray) -> list[Any]:
@@ -87,36 +86,73 @@ BY_THE_BOOK = {
 
 
 @pytest.mark.parametrize("name", BY_THE_BOOK)
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_predictor_is_that_of_scikit_learn(shipped: dsire.Spectra, name: str, number: int) -> None:
-    train, test = halves(shipped, number)
-    expected = BY_THE_BOOK[name](train.values.numpy(), train.sizes.numpy(), test.values.numpy())
-    assert dsire.PREDICTORS[name](train, test).sizes.tolist() == expected
+def test_a_predictor_is_that_of_scikit_learn(part: dsire.Spectra, name: str) -> None:
+    runs = dsire.splits(part.micro_datasets, PROTOCOL)
+    for run, found in zip(runs, dsire.PREDICTORS[name](part, runs), strict=True):
+        assert found.sizes.tolist() == BY_THE_BOOK[name](*arrays_of(part, run))
 
 
-def test_log_ridge_is_ridge_with_a_penalty_from_leave_one_group_out(shipped: dsire.Spectra) -> None:
-    """The hat matrix gives the left-out errors that fitting anew for every micro-dataset gives."""
-    train, test = halves(shipped)
+def test_log_ridge_is_ridge_with_a_penalty_from_leave_one_group_out(part: dsire.Spectra) -> None:
+    """The closed forms give what fitting anew without every micro-dataset gives."""
+    (run, *_) = dsire.splits(part.micro_datasets, PROTOCOL)
+    train, test = part.of_models(run.train), part.of_models(run.test)
     logs = [np.log(np.concatenate(list(side.values.numpy()), axis=1)) for side in (train, test)]
     scaler = StandardScaler().fit(logs[0])
     x, z = (scaler.transform(side) / np.sqrt(logs[0].shape[1]) for side in logs)
-    y = np.log(train.sizes.numpy())
-    errors = {}
+    y, groups = np.log(train.sizes.numpy()), train.micro_datasets.numpy()
+    left_out = {}
     for penalty in dsire.PENALTIES:
-        left_out = cross_val_predict(Ridge(penalty, solver="cholesky"), x, y, groups=train.names, cv=LeaveOneGroupOut())
-        errors[penalty] = np.sqrt(np.mean((y - left_out) ** 2))
+        ridge = Ridge(penalty, solver="cholesky")
+        left_out[penalty] = cross_val_predict(ridge, x, y, groups=groups, cv=LeaveOneGroupOut())
+    errors = {penalty: np.sqrt(np.mean((y - held_out) ** 2)) for penalty, held_out in left_out.items()}
     best = min(errors, key=lambda penalty: errors[penalty])
-    expected = Ridge(best, solver="cholesky").fit(x, y).predict(z)
-    answers, deviation = dsire.log_ridge_fit(train, test)
-    np.testing.assert_allclose(answers.numpy(), expected, rtol=1e-6, atol=1e-8)
-    assert deviation == pytest.approx(errors[best], rel=1e-6)
+    assert min(dsire.PENALTIES) < best < max(dsire.PENALTIES)
+    ridge = Ridge(best, solver="cholesky")
+    expected = ridge.fit(x, y).predict(z)
+    turns = [ridge.fit(x[groups != group], y[groups != group]).predict(z) for group in range(train.count)]
+    fit = dsire.LogRidge.fit(train, test)
+    close = {"rtol": 0, "atol": 1e-6}
+    np.testing.assert_allclose(fit.answers.numpy(), expected, **close)
+    np.testing.assert_allclose(fit.held_out.numpy(), left_out[best], **close)
+    np.testing.assert_allclose(fit.turns.numpy(), np.stack(turns, axis=1), **close)
+    assert fit.deviation == pytest.approx(errors[best], rel=1e-6)
 
     known = np.unique(train.sizes.numpy())
-    assert (
-        dsire.log_ridge(train, test).sizes.tolist()
-        == known[np.abs(expected[:, None] - np.log(known)).argmin(1)].tolist()
-    )
-    assert dsire.log_regression(train, test).sizes.tolist() == np.maximum(1, np.rint(np.exp(expected))).tolist()
+    nearest = known[np.abs(expected[:, None] - np.log(known)).argmin(1)]
+    assert dsire.log_ridge(part, [run])[0].sizes.tolist() == nearest.tolist()
+    (regression,) = dsire.log_regression(part, [run])
+    assert regression.sizes.tolist() == np.maximum(1, np.rint(np.exp(expected))).tolist()
+    widths = (expected[:, None] - np.log(known)) / errors[best]
+    weights = np.exp(-(widths**2) / 2) / np.exp(-(widths**2) / 2).sum(1, keepdims=True)
+    np.testing.assert_allclose(regression.shares.numpy(), weights, **close)
+
+
+def of_values(values: list[list[list[float]]]) -> dsire.Spectra:
+    """Spectra [voters, models, r] of which nothing else matters."""
+    models = len(values[0])
+    voters = [dsire.Voter(str(row), "A") for row in range(len(values))]
+    return dsire.Spectra(torch.tensor(values, dtype=torch.float64), torch.ones(models), list(range(models)), voters, {})
+
+
+def test_what_is_below_a_millionth_of_the_largest_counts_as_that() -> None:
+    """Of each voter's own, among the training models: 8e-6 in the first, 1e-9 in the second."""
+    known = of_values([[[8.0, 1e-7], [2.0, 4e-6], [4.0, 0]], [[1e-3, 1e-4], [5e-4, 1e-8], [2e-4, 1e-12]]])
+    asked = of_values([[[1e-30, 1.0]], [[100.0, 0.0]]])
+    x, z = (side.numpy() for side in dsire.log_features(known, asked))
+    floored = np.log([[8, 8e-6, 1e-3, 1e-4], [2, 8e-6, 5e-4, 1e-8], [4, 8e-6, 2e-4, 1e-9]])
+    scaler = StandardScaler().fit(floored)
+    np.testing.assert_allclose(x, scaler.transform(floored), atol=1e-9)
+    expected = scaler.transform(np.log([[8e-6, 1, 100, 1e-9]]))
+    expected[:, 1] = 0  # it does not vary among the training models
+    np.testing.assert_allclose(z, expected, atol=1e-9)
+
+
+def test_a_feature_that_varies_by_rounding_only_says_nothing() -> None:
+    known, asked = of_values([[[3.0, 2.0], [3.0 + 4e-15, 1.0], [3.0 - 4e-15, 0.5]]]), of_values([[[1.0, 1.0]]])
+    x, z = dsire.log_features(known, asked)
+    assert (x[:, 0].abs() <= 1e-5).all()
+    assert z[0, 0] == 0
+    assert z[0, 1] == pytest.approx(0, abs=1e-9)  # the mean of log 2, log 1 and log 1/2
 
 
 def power_law(sizes: list[int], micro_datasets: int = 6) -> dsire.Spectra:
@@ -130,16 +166,20 @@ def power_law(sizes: list[int], micro_datasets: int = 6) -> dsire.Spectra:
 
 def test_a_regression_names_a_size_that_was_left_out() -> None:
     spectra = power_law([1, 10, 20, 50])
-    others = [model for model, size in enumerate(spectra.sizes.tolist()) if size != 10]
-    asked = [model for model, size in enumerate(spectra.sizes.tolist()) if size == 10]
-    train, test = spectra.of_models(others), spectra.of_models(asked)
-    assert set(dsire.log_regression(train, test).sizes.tolist()) == {10}
-    assert set(dsire.log_ridge(train, test).sizes.tolist()) == {20}  # log 10 is nearer to log 20 than to log 1
+    runs = [dsire.split_by(spectra.sizes != 10)]
+    assert set(dsire.log_regression(spectra, runs)[0].sizes.tolist()) == {10}
+    assert set(dsire.log_ridge(spectra, runs)[0].sizes.tolist()) == {20}  # log 10 is nearer to log 20 than to log 1
 
 
 def test_unseen_sizes_are_those_between_two_others() -> None:
     spectra = power_law([1, 10, 20, 50])
-    runs = dsire.unseen_sizes(spectra, dsire.dsire, dsire.Protocol(3, 2, 0))
+    gaps = dsire.unseen_sizes(spectra, dsire.splits(spectra.micro_datasets, dsire.Protocol(3, 2, 0)))
+    for gap in [gap for its in gaps for gap in its]:
+        assert not set(spectra.sizes[gap.train].tolist()) & set(spectra.sizes[gap.test].tolist())
+        assert len(gap.train) == 2 * 3
+    predictions = dsire.dsire(spectra, [gap for its in gaps for gap in its])
+    runs = dsire.judge_together(spectra, gaps, predictions)
+    assert len(runs) == 3
     for run in runs:
         assert sorted(set(spectra.sizes[run.test].tolist())) == [10, 20]
         assert len(run.test) == 8  # four test micro-datasets
@@ -148,29 +188,47 @@ def test_unseen_sizes_are_those_between_two_others() -> None:
         assert (run.mae, run.accuracy) == (20.0, 0.0)
 
 
+def log_ridge_of(train: dsire.Spectra, test: dsire.Spectra) -> dsire.Prediction:
+    both, split = dsire.beside(train, test)
+    return dsire.log_ridge(both, [split])[0]
+
+
 def test_log_ridge_with_a_single_model_or_micro_dataset_and_with_zeros() -> None:
     one = power_law([5], micro_datasets=1)
-    assert dsire.log_ridge(one, one).sizes.tolist() == [5]
+    assert log_ridge_of(one, one).sizes.tolist() == [5]
     alone = power_law([1, 4, 16], micro_datasets=1)
-    assert dsire.log_ridge(alone, alone).sizes.tolist() == [1, 4, 16]
+    assert log_ridge_of(alone, alone).sizes.tolist() == [1, 4, 16]
     untrained = dsire.replace(alone, values=torch.zeros_like(alone.values))
-    assert dsire.log_ridge(alone, untrained).shares.isfinite().all()
-    assert dsire.log_ridge(untrained, alone).shares.isfinite().all()
+    assert log_ridge_of(alone, untrained).shares.isfinite().all()
+    assert log_ridge_of(untrained, alone).shares.isfinite().all()
 
 
-def test_by_size_and_by_layer(shipped: dsire.Spectra) -> None:
-    runs = dsire.evaluate(shipped, dsire.dsire, PROTOCOL)
-    for size, parts in dsire.by_size(shipped, runs).items():
-        for run, part in zip(runs, parts, strict=True):
-            true, said = shipped.sizes[run.test].numpy(), run.prediction.sizes.numpy()
-            assert part.mae == pytest.approx(np.abs(said - true)[true == int(size)].mean())
-            assert part.accuracy == pytest.approx(100 * (said == true)[true == int(size)].mean())
-    hits = []
-    for number in range(2):
-        train, test = halves(shipped, number)
-        votes = nearest_votes(train.values.numpy(), train.sizes.numpy(), test.values.numpy())
-        hits.append((votes == test.sizes.numpy()).mean(1))
-    np.testing.assert_allclose(dsire.by_layer(shipped, PROTOCOL).numpy(), 100 * np.mean(hits, 0))
+def test_the_tables_of_a_comparison(part: dsire.Spectra) -> None:
+    """By size and by voter, those of scikit-learn; each row that of the predictor alone, on its own splits."""
+    found = dsire.compare(part, PROTOCOL)
+    runs = dsire.splits(part.micro_datasets, PROTOCOL)
+    arrays = [arrays_of(part, run) for run in runs]
+    votes = [nearest_votes(*its) for its in arrays]
+    sizes = [part.sizes[run.test].numpy() for run in runs]
+    for size, parts in found.tables["by_size"].items():
+        for its_votes, true, its in zip(votes, sizes, parts, strict=True):
+            asked = true == int(size)
+            said = np.array(winners(its_votes))[asked]
+            assert its.mae == pytest.approx(np.abs(said - int(size)).mean())
+            assert its.accuracy == pytest.approx(100 * (said == int(size)).mean())
+    hits = [(its_votes == true).mean(1) for its_votes, true in zip(votes, sizes, strict=True)]
+    np.testing.assert_allclose(found.accuracies.numpy(), 100 * np.mean(hits, 0))
+    for name, predictor in dsire.PREDICTORS.items():
+        assert maes(found.tables["compare"][name]) == maes(dsire.evaluate(part, predictor, PROTOCOL))
+    for matrix in dsire.MATRICES:
+        alone = dsire.evaluate(part.of_matrices([matrix]), dsire.dsire, PROTOCOL)
+        assert maes(found.tables["compare"][f"dsire {matrix}"]) == maes(alone)
+    for count, its in found.tables["by_train_size"].items():
+        assert maes(its) == maes(dsire.evaluate(part, dsire.dsire, PROTOCOL._replace(train_size=int(count))))
+
+
+def maes(experiments: list[dsire.Experiment]) -> list[float]:
+    return [experiment.mae for experiment in experiments]
 
 
 def test_compare_and_plots(run: Run, tiny_wise: Path, tmp_path: Path) -> None:
@@ -194,9 +252,12 @@ def test_plots_without_a_folder(run: Run, tiny_wise: Path, monkeypatch: pytest.M
 
 
 def test_log_regression_of_spectra_far_from_all_others_is_a_size() -> None:
+    """Up to four times beyond those that were labelled."""
     train = power_law([1, 4, 16])
-    far = dsire.replace(train, values=1e-30 * train.values)
-    assert all(1 <= size <= 2**53 for size in dsire.log_regression(train, far).sizes.tolist())
+    for factor, size in ((1e-30, 64), (1e30, 1)):
+        far = dsire.replace(train, values=factor * train.values)
+        both, split = dsire.beside(train, far)
+        assert set(dsire.log_regression(both, [split])[0].sizes.tolist()) == {size}
 
 
 def test_plots_of_gda_and_nothing_lost_with_too_few_models(run: Run, tiny_wise: Path) -> None:

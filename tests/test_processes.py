@@ -38,22 +38,19 @@ def test_the_report_is_that_of_one_process(run: Run, tiny_wise: Path, tmp_path: 
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == shards
 
 
-def test_each_process_takes_its_own_shards(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 5])
+def test_each_process_takes_its_own_shards(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, processes: int
+) -> None:
     source, _ = dsire.find_source(str(folder), "low_4", None, tmp_path)
-    taken: list[list[str]] = []
-    monkeypatch.setattr(dsire, "process_count", lambda: 2)
-    monkeypatch.setattr(dsire, "wait_for_all_processes", lambda: None)
-    monkeypatch.setattr(dsire, "told_by_the_first", lambda function: function())
-    for rank in (0, 1):
-        monkeypatch.setattr(dsire, "process_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(
-            dsire, "fetched_ahead", lambda _, shards, *rest: taken.append([s.file for s in shards]) or ()
-        )
-        with pytest.raises(dsire.DsireError, match="run the same command again"):
-            dsire.subset_spectra(source, 4, tmp_path)
-    first, second = taken
-    assert sorted(first + second) == sorted(shard.file for shard in source.shards)
-    assert not set(first) & set(second)
+    taken: list[list[dsire.Shard]] = []
+    monkeypatch.setattr(dsire, "compute_spectra", lambda _, shards, *rest: taken.append(shards))
+    monkeypatch.setattr(dsire.Process, "wait_for_others", lambda process: None)
+    for rank in range(processes):
+        with pytest.raises(dsire.DsireError, match="run the same command again"):  # the others' are not there
+            dsire.subset_spectra(source, 4, tmp_path, process=dsire.Process(rank, processes))
+    assert sorted(shard.file for its in taken for shard in its) == sorted(shard.file for shard in source.shards)
+    assert {len(its) for its in taken} <= {len(source.shards) // processes, -(-len(source.shards) // processes)}
 
 
 def test_an_error_is_said_once_and_ends_all(tmp_path: Path, tiny_wise: Path) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Model, Reference, parquet_files
+from conftest import Model, Reference, split_of
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 import dsire
 
@@ -25,66 +24,82 @@ def spectra_of(values: torch.Tensor, models: list[Model]) -> dsire.Spectra:
     return dsire.Spectra(values.double(), sizes, names, [dsire.Voter(str(i), "A") for i in range(len(values))], {})
 
 
-@pytest.fixture(scope="module")
-def shipped(tiny_wise: Path) -> dsire.Spectra:
-    files = parquet_files(tiny_wise / "low" / "4")
-    return dsire.join_shards([dsire.shard_spectra(file, 4) for file in files], [str(file) for file in files])
-
-
 def test_every_vote_and_prediction_on_the_shipped_subset(
     shipped: dsire.Spectra, shipped_by_the_book: ByTheBook
 ) -> None:
     models, expected = shipped_by_the_book
     assert list(zip(shipped.names, shipped.sizes.tolist(), strict=True)) == models
     results = dsire.evaluate(shipped, dsire.dsire, dsire.Protocol(experiments=10, train_size=15, seed=42))
-    assert len(results) == len(expected) == 10
-    for result, reference in zip(results, expected, strict=True):
-        train, test = shipped.of_models(reference.train), shipped.of_models(reference.test)
-        assert result.test == reference.test
-        assert torch.equal(dsire.votes_of(train, test), torch.from_numpy(reference.votes.copy()))
+    votes = dsire.votes_of(shipped, [split_of(reference.train, reference.test) for reference in expected])
+    for result, its_votes, reference in zip(results, votes, expected, strict=True):
+        assert result.test.tolist() == reference.test
+        assert its_votes.named.tolist() == reference.votes.tolist()
         assert result.prediction.sizes.tolist() == reference.predicted
         assert result.prediction.shares.max(-1).values.tolist() == pytest.approx(reference.shares)
 
 
-@pytest.mark.parametrize("block", [1, 7, 100])
-def test_a_small_block_gives_the_same(
-    shipped: dsire.Spectra, shipped_by_the_book: ByTheBook, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
-    reference = shipped_by_the_book[1][0]
-    train, test = shipped.of_models(reference.train[:20]).values[:9], shipped.of_models(reference.test[:11]).values[:9]
-    whole = dsire.nearest(train, test)[0]
-    monkeypatch.setattr(dsire, "BLOCK", block)
-    monkeypatch.setattr(dsire, "VOTERS_AT_ONCE", 4)
-    assert torch.equal(dsire.nearest(train, test)[0], whole)
+def models_that_share_spectra() -> tuple[np.ndarray, list[Model]]:
+    """Whole numbers [voters, models, r], of which squares are exact; equal spectra belong to models of any size."""
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 1000, size=(5, 300, 4))
+    values[1] = draw.integers(0, 4, size=(300, 4))  # near ones are many
+    values[2] = values[2, draw.integers(0, 100, size=300)]  # three models share each, in the mean
+    values[3] = values[3, 0]
+    values[4] += 2**30  # squares of differences are exact, but not differences of squares
+    return values, list(zip(draw.integers(0, 40, 300).tolist(), draw.choice([1, 5, 20], 300).tolist(), strict=True))
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 30), st.integers(1, 20), st.integers(1, 4))
-def test_each_choice_of_training_models_is_searched_alone(
-    seed: int, voters: int, models: int, queries: int, choices: int
-) -> None:
+def by_brute_force(values: np.ndarray, run: dsire.Split) -> tuple[np.ndarray, np.ndarray]:
+    """The first of the nearest training models [voters, test models], and whether no other one is as near."""
+    train, test = run.train.numpy(), run.test.numpy()
+    squares = ((values[:, test, None] - values[:, None, train]) ** 2).sum(-1)
+    return train[squares.argmin(-1)], (squares == squares.min(-1, keepdims=True)).sum(-1) == 1
+
+
+@pytest.mark.parametrize("distances_at_once", [dsire.DISTANCES_AT_ONCE, 1, 2000, 30_000])
+def test_votes_of_models_that_share_spectra(monkeypatch: pytest.MonkeyPatch, distances_at_once: int) -> None:
+    """In blocks of any size, for all experiments together and for each alone, the first of the nearest is asked."""
+    monkeypatch.setattr(dsire, "DISTANCES_AT_ONCE", distances_at_once)
+    values, models = models_that_share_spectra()
+    spectra, sizes = spectra_of(torch.from_numpy(values), models), np.array([size for _, size in models])
+    runs = dsire.splits(spectra.micro_datasets, dsire.Protocol(experiments=4, train_size=15, seed=1))
+    runs.append(split_of([7, 8, 290], range(300)))  # also of the training models themselves
+    compared = by_brute_force(values, runs[0])[1].mean(1)
+    assert compared[0] > 0.99
+    assert 0.1 < compared[1:3].min() <= compared[1:3].max() < 0.9
+    assert compared[3] == 0
+    for run, found, votes in zip(runs, dsire.nearest(spectra.values, runs), dsire.votes_of(spectra, runs), strict=True):
+        expected, only_one = by_brute_force(values, run)
+        assert found.tolist() == expected.tolist()
+        assert votes.named.tolist() == sizes[expected].tolist()
+        assert votes.candidates.tolist() == sorted(set(sizes[run.train].tolist()))
+        (alone,) = dsire.votes_of(spectra, [run])
+        assert torch.equal(alone.named, votes.named)
+        for x, its_votes, alone_nearest in zip(values[:4], votes.named.numpy(), only_one, strict=False):
+            classifier = KNeighborsClassifier(1, algorithm="brute").fit(x[run.train], sizes[run.train])
+            assert (classifier.predict(x[run.test]) == its_votes)[alone_nearest].all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 40), st.integers(1, 4))
+def test_each_split_is_searched_alone(seed: int, voters: int, models: int, splits: int) -> None:
     draw = np.random.default_rng(seed)
-    train, test = (torch.from_numpy(draw.normal(size=(voters, many, 3))) for many in (models, queries))
-    chosen = [
-        torch.from_numpy(np.sort(draw.choice(models, draw.integers(1, models + 1), replace=False)))
-        for _ in range(choices)
-    ]
-    together = dsire.nearest(train, test, chosen)
-    assert len(together) == choices
-    for choice, found in zip(chosen, together, strict=True):
-        distances = torch.cdist(test, train[:, choice], compute_mode="donot_use_mm_for_euclid_dist")
-        assert torch.equal(found, choice[distances.argmin(-1)])
+    values = torch.from_numpy(draw.normal(size=(voters, models, 3)))
+
+    def some() -> list[int]:
+        return sorted(draw.choice(models, draw.integers(1, models + 1), replace=False).tolist())
+
+    runs = [split_of(some(), some()) for _ in range(splits)]
+    for run, found in zip(runs, dsire.nearest(values, runs), strict=True):
+        distances = torch.cdist(values[:, run.test], values[:, run.train], compute_mode="donot_use_mm_for_euclid_dist")
+        assert torch.equal(found, run.train[distances.argmin(-1)])
 
 
-def test_experiments_that_share_distances_have_the_votes_of_each_alone(shipped: dsire.Spectra) -> None:
-    """More experiments than share their distances, of micro-datasets that lack models."""
-    spectra = shipped.of_models([model for model in range(len(shipped.names)) if model % 7]).of_voters(
-        shipped.voters[:5]
-    )
-    protocol = dsire.Protocol(experiments=23, train_size=3, seed=1)
-    runs = list(dsire.votes_in_experiments(spectra, protocol))
-    assert [(train, test) for train, test, _ in runs] == list(dsire.splits(spectra.names, protocol))
-    for train, test, votes in runs:
-        assert torch.equal(votes, dsire.votes_of(spectra.of_models(train), spectra.of_models(test)))
+def nearest_of(train: np.ndarray, test: np.ndarray) -> list[list[int]]:
+    """For each voter and test model, [voters, models, r], the number of the nearest among the training models."""
+    many = train.shape[1]
+    values = torch.from_numpy(np.concatenate([train, test], axis=1))
+    (found,) = dsire.nearest(values, [split_of(range(many), range(many, values.shape[1]))])
+    return found.tolist()
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 30), st.integers(1, 20), st.integers(1, 8))
@@ -92,16 +107,15 @@ def test_nearest_is_that_of_scikit_learn(seed: int, voters: int, models: int, qu
     draw = np.random.default_rng(seed)
     offset, scale = 10.0 ** draw.integers(-3, 4), 10.0 ** draw.integers(-3, 4)
     train, test = (offset + scale * draw.normal(size=(voters, many, rank)) for many in (models, queries))
-    found = dsire.nearest(torch.from_numpy(train), torch.from_numpy(test))[0]
-    for voter in range(voters):
-        expected = NearestNeighbors(n_neighbors=1).fit(train[voter]).kneighbors(test[voter], return_distance=False)
-        assert found[voter].tolist() == expected[:, 0].tolist()
+    for x, z, found in zip(train, test, nearest_of(train, test), strict=True):
+        expected = NearestNeighbors(n_neighbors=1).fit(x).kneighbors(z, return_distance=False)
+        assert found == expected[:, 0].tolist()
 
 
 def test_the_first_of_equally_near_models_is_taken() -> None:
-    train = torch.tensor([[[5.0, 1], [2, 1], [2, 1], [4, 1]], [[0, 0], [0, 0], [0, 0], [0, 0]]]).double()
-    test = torch.tensor([[[2.0, 1], [3, 1]], [[0, 0], [1, 1]]]).double()
-    assert dsire.nearest(train, test)[0].tolist() == [[1, 1], [0, 0]]
+    train = np.array([[[5.0, 1], [2, 1], [2, 1], [4, 1]], [[0, 0], [0, 0], [0, 0], [0, 0]]])
+    test = np.array([[[2.0, 1], [3, 1]], [[0, 0], [1, 1]]])
+    assert nearest_of(train, test) == [[1, 1], [0, 0]]
 
 
 def test_a_diverged_model_does_not_blur_the_others() -> None:
@@ -110,8 +124,7 @@ def test_a_diverged_model_does_not_blur_the_others() -> None:
     train, test = (1 + 0.01 * draw.normal(size=(many, 4)) for many in (90, 50))
     train[0] = 1e8
     expected = NearestNeighbors(n_neighbors=1).fit(train).kneighbors(test, return_distance=False)
-    found = dsire.nearest(torch.from_numpy(train)[None], torch.from_numpy(test)[None])[0]
-    assert found[0].tolist() == expected[:, 0].tolist()
+    assert nearest_of(train[None], test[None]) == [expected[:, 0].tolist()]
 
 
 @given(st.integers(1, 12), st.data())
@@ -119,37 +132,39 @@ def test_majority_is_that_of_counter(voters: int, data: st.DataObject) -> None:
     votes = data.draw(
         st.lists(st.lists(st.sampled_from([1, 10, 20]), min_size=voters, max_size=voters), min_size=1, max_size=4)
     )
-    sizes = torch.tensor([1, 10, 20])
-    winners, candidates, shares = dsire.majority(torch.tensor(votes).T.contiguous(), sizes)
-    assert winners.tolist() == [Counter(ballots).most_common(1)[0][0] for ballots in votes]
-    assert candidates.tolist() == [1, 10, 20]
-    assert shares.tolist() == [[ballots.count(size) / voters for size in (1, 10, 20)] for ballots in votes]
+    said = dsire.majority(dsire.Votes(torch.tensor(votes).T.contiguous(), torch.tensor([1, 10, 20])))
+    assert said.sizes.tolist() == [Counter(ballots).most_common(1)[0][0] for ballots in votes]
+    assert said.candidates.tolist() == [1, 10, 20]
+    assert said.shares.tolist() == [[ballots.count(size) / voters for size in (1, 10, 20)] for ballots in votes]
 
 
 def test_a_tie_goes_to_the_size_that_was_voted_first() -> None:
     votes = torch.tensor([[5, 2, 1], [2, 5, 2], [2, 5, 5], [5, 2, 2]])  # [voters, models]
-    assert dsire.majority(votes, torch.tensor([1, 2, 5]))[0].tolist() == [5, 2, 2]
+    assert dsire.majority(dsire.Votes(votes, torch.tensor([1, 2, 5]))).sizes.tolist() == [5, 2, 2]
 
 
 def test_splits_are_those_of_random_sample() -> None:
     names = [f"thing_{number:02d}" for number in range(50) for _ in range(6)]
     random.Random(1).shuffle(names)
+    micro_datasets = spectra_of(torch.zeros(1, 300, 1), [(name, 1) for name in names]).micro_datasets
     draw = random.Random(42)
-    for train, test in dsire.splits(names, dsire.Protocol(experiments=10, train_size=15, seed=42)):
+    for train, test in dsire.splits(micro_datasets, dsire.Protocol(experiments=10, train_size=15, seed=42)):
         trained = {f"thing_{number:02d}" for number in draw.sample(range(50), 15)}
         assert {names[model] for model in train} == trained
         assert not {names[model] for model in test} & trained
-        assert sorted(train + test) == list(range(300))
-        assert (train, test) == (sorted(train), sorted(test))
+        assert sorted([*train.tolist(), *test.tolist()]) == list(range(300))
+        assert (train.diff() > 0).all()
+        assert (test.diff() > 0).all()
 
 
 def test_micro_datasets_are_numbered_by_sorted_name() -> None:
-    """Integers sort as integers: 9 before 10."""
-    names = [10, 9, 2, 10, 2]
-    ((train, test),) = dsire.splits(names, dsire.Protocol(experiments=1, train_size=1, seed=0))
-    chosen = [2, 9, 10][random.Random(0).sample(range(3), 1)[0]]
-    assert {names[model] for model in train} == {chosen}
-    assert {names[model] for model in test} == {2, 9, 10} - {chosen}
+    """Integers sort as integers: 9 before 10; of some models, those that are there are numbered anew."""
+    spectra = spectra_of(torch.arange(5).view(1, 5, 1), [(name, 1) for name in (10, 9, 2, 10, 2)])
+    assert (spectra.micro_datasets.tolist(), spectra.count) == ([2, 1, 0, 2, 0], 3)
+    for chosen in (torch.tensor([0, 2, 3]), torch.tensor([True, False, True, True, False])):
+        some = spectra.of_models(chosen)
+        assert (some.values.flatten().tolist(), some.names) == ([0, 2, 3], [10, 2, 10])
+        assert (some.micro_datasets.tolist(), some.count) == ([1, 0, 1], 2)
 
 
 def test_metrics_by_hand() -> None:
@@ -160,7 +175,9 @@ def test_metrics_by_hand() -> None:
 
 def test_mean_and_population_standard_deviation() -> None:
     prediction = dsire.Prediction(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 1))
-    runs = [dsire.Experiment([0], prediction, *values) for values in ((1.0, 10.0, 50.0), (3.0, 10.0, 70.0))]
+    runs = [
+        dsire.Experiment(torch.tensor([0]), prediction, *values) for values in ((1.0, 10.0, 50.0), (3.0, 10.0, 70.0))
+    ]
     assert dsire.mean_and_std(runs) == {"mae": (2, 1), "mape": (10, 0), "accuracy": (60, 10)}
 
 
