@@ -610,7 +610,7 @@ def local_kernels(kernel: Tensor, cross: Tensor, train: Spectra, new: Spectra) -
     """The kernels of a regression whose coefficients may differ between recipes, from those of one that is the same.
 
     A recipe moves all norms, so that one line through several recipes fits none. Models weigh the less for each other
-    the farther their `mean_log_norms` are apart: a Gaussian of 8 standard deviations within a recipe and size, so that
+    the farther their `mean_log_norms` are apart: a Gaussian of 5 standard deviations within a recipe and size, so that
     neighbouring sizes and recipes still speak for each other.
 
     Args:
@@ -626,7 +626,7 @@ def local_kernels(kernel: Tensor, cross: Tensor, train: Spectra, new: Spectra) -
 
     def weights(side: Tensor) -> Tensor:
         apart = side[:, None] - known
-        return (-torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart) / (2 * 8**2)).exp()
+        return (-torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart) / (2 * 5**2)).exp()
 
     kernel, cross = (1 + kernel) * weights(known), (1 + cross) * weights(asked)
     of_model = kernel.mean(0)
