@@ -41,7 +41,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -222,7 +222,8 @@ def qr_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r = torch.linalg.qr(a.mT, mode="r").R
     s = torch.linalg.qr(b, mode="r").R
     core = s @ r.mT
-    if not (r.isfinite().all() and core.isfinite().all()):  # LAPACK's SVD may not return from a NaN
+    # LAPACK's QR may drop a NaN, and its SVD may not return from one
+    if not (a.isfinite().all() and b.isfinite().all() and r.isfinite().all() and core.isfinite().all()):
         raise FloatingPointError("weights that are not finite")
     spectra = [of_rank(torch.linalg.svdvals(matrix), rank) for matrix in (r, s, core)]
     return spectra[0], spectra[1], spectra[2]
@@ -1661,7 +1662,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
                 return pair_spectra(own, pair, rank, device, models, path.name)
 
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        largest = max(its.column(i).total_uncompressed_size for its in groups for i in range(its.num_columns))
+        largest = max(8 * its.column(i).num_values for its in groups for i in range(its.num_columns))
         at_once = max(1, BYTES_AT_ONCE // (2 * largest))
         spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
     unused = sorted(set(others) - {*LABELS})
@@ -2736,6 +2737,12 @@ def load_spectra(shard: Shard, rank: int, cache: Path) -> Spectra | None:
         return None
 
 
+@cache
+def say_once(text: str) -> None:
+    """Print a line to stderr, but not a second time."""
+    print(text, file=sys.stderr)
+
+
 @contextmanager
 def locked(shard: Shard, rank: int, cache: Path) -> Iterator[None]:
     """No other run computes this shard meanwhile; where the disk knows no locks both do, which is no harm."""
@@ -2746,14 +2753,16 @@ def locked(shard: Shard, rank: int, cache: Path) -> Iterator[None]:
     with disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=2)
+            with warnings.catch_warnings():  # filelock's own, that it locks by the file's existence
+                warnings.simplefilter("ignore")
+                lock.acquire(timeout=2)
         except Timeout:
             print(f"waiting for another run, which is at {Path(shard.file).name}", file=sys.stderr)
             lock.acquire()
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            print(f"{place.parent} knows no locks ({shown(error)}): going on without", file=sys.stderr)
+            say_once(f"{place.parent} knows no locks ({shown(error)}): going on without")
     try:
         for half in place.parent.glob(f".{place.stem}.*.half"):  # of a run that was killed as it wrote
             half.unlink(missing_ok=True)
@@ -3690,9 +3699,10 @@ def main() -> int:
         code = 130
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what can't be printed is not tried again at the exit
-        with suppress(OSError):
-            sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # what can't be printed is not tried again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

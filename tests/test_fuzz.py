@@ -2,73 +2,54 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import LAYERS, ROOT, Run, models_of, table_of, write_folder
-from fuzz import FILE_KINDS, PARQUET_KINDS, Mutant, book_of_table, outcome_of, outcomes
+from conftest import LAYERS, Run, change, models_of, table_of, write_folder
+from fuzz import FILE_KINDS, PARQUET_KINDS, book_of_table, main, outcome_of
 from lora_writers import one_layer, spectra_by_the_book, write
 
 import dsire
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A sample
 
-
-def test_mutants_give_the_right_spectra_or_one_line() -> None:
+def test_mutants_give_the_right_spectra_or_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """One of each kind."""
     counts = [f"--parquet={len(PARQUET_KINDS)}", f"--files={len(FILE_KINDS)}"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "fuzz.py"), *counts], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("together") == 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the script notices
-
-
-def test_a_crash_and_a_hang_are_noticed_and_the_rest_goes_on() -> None:
-    checks: list[Callable[[], str]] = [lambda: "right", os.abort, lambda: str(time.sleep(60)), lambda: "refused"]
-    found = dict(outcomes(lambda number: checks[number](), range(4), seconds=0.5))
-    assert (found[0], found[3]) == ("right", "refused")
-    assert "SIGABRT" in found[1]
-    assert "hung" in found[2]
+    assert main(counts) == 0, capsys.readouterr().out
+    right, refused = re.fullmatch(r"(\d+) right, (\d+) refused, 0 failed\n", capsys.readouterr().out).groups()  # type: ignore[union-attr]
+    assert int(right) + int(refused) == len(PARQUET_KINDS) + len(FILE_KINDS)
 
 
 def test_lies_are_noticed(tmp_path: Path) -> None:
     table = table_of(models_of(1))
     file = tmp_path / "shard.parquet"
     pq.write_table(table, file)
-    mutant = Mutant(b"", book_of_table(table, 4))
-    right = dsire.shard_spectra(file, 4)
-
-    def outcome(spectra: dsire.Spectra, what: Mutant = mutant) -> str:
-        return outcome_of(lambda: spectra, what, tmp_path)
+    book, right = book_of_table(table, 4), dsire.shard_spectra(file, 4)
 
     def refuse(message: str) -> dsire.Spectra:
         raise dsire.DsireError(message)
 
-    assert outcome(right) == "right"
-    assert outcome(right.of_models([1, 0, 2, 3, 4, 5])).startswith("other models")
-    assert outcome(right.of_matrices(["A", "B"])).startswith("other voters")
-    off = dsire.replace(right, values=right.values * (1 + 1e-8))
-    assert outcome(off).startswith("wrong numbers")
-    assert outcome(right, Mutant(b"", None)).startswith("not refused")
-    assert outcome_of(lambda: refuse("no"), mutant, tmp_path).startswith("refused, though sound")
-    assert outcome_of(lambda: refuse("no"), mutant._replace(damaged=True), tmp_path) == "refused"
-    assert outcome_of(lambda: refuse("no\nno"), mutant._replace(damaged=True), tmp_path).startswith("not a printable")
-    assert outcome_of(lambda: [][0], mutant, tmp_path).startswith("raised")
+    def outcome(**changes: Any) -> str:
+        return outcome_of(lambda: replace(right, **changes), book)
+
+    assert outcome() == "right"
+    assert outcome(names=["other"] * 6).startswith("other models")
+    assert outcome(sizes=right.sizes + 1).startswith("other models")
+    assert outcome(values=right.values[1:], voters=right.voters[1:]).startswith("other voters")
+    assert outcome(values=right.values * (1 + 1e-8)).startswith("wrong numbers")
+    assert outcome(notes=["two\nlines"]).startswith("a note that isn't")
+    assert outcome_of(lambda: right, None).startswith("not refused")
+    assert outcome_of(lambda: refuse("no"), book).startswith("refused, though sound")
+    assert outcome_of(lambda: refuse("no"), book, damaged=True) == "refused"
+    assert outcome_of(lambda: refuse("no\nno"), book, damaged=True).startswith("not a printable")
+    assert outcome_of(lambda: [][0], None).startswith("raised")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,9 +76,7 @@ def assert_by_the_book(found: list[torch.Tensor], a: np.ndarray, b: np.ndarray) 
         assert ((values - wanted).abs() <= 1e-9 * wanted[:, :1] + 1e-321).all()
 
 
-@pytest.mark.parametrize(
-    ("rank", "inputs", "outputs"), [(1, 16, 24), (1, 1, 5), (1, 5, 1), (1, 1, 1), (8, 3, 2), (8, 1, 1)]
-)
+@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(1, 16, 24), (1, 1, 5), (1, 5, 1), (8, 3, 2), (8, 1, 1)])
 def test_narrow_matrices_in_a_shard(rank: int, inputs: int, outputs: int, tmp_path: Path) -> None:
     """One row, one column, and a rank larger than a dimension."""
     draw = np.random.default_rng(0)
@@ -105,7 +84,7 @@ def test_narrow_matrices_in_a_shard(rank: int, inputs: int, outputs: int, tmp_pa
     assert_by_the_book(in_a_shard(a, b, tmp_path), a, b)
 
 
-@pytest.mark.parametrize("scale", [1e-45, 1e-42, 1e-38, 1e-30, 1e30, 1e38])
+@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e38])
 def test_scales_of_float32_in_a_shard(scale: float, tmp_path: Path) -> None:
     """Subnormal numbers, too: as float32 they have few digits, but those count."""
     draw = np.random.default_rng(0)
@@ -145,7 +124,7 @@ def test_the_ends_of_a_dtype(dtype: torch.dtype, end: str, tmp_path: Path) -> No
         assert torch.allclose(values, expected[voter], rtol=1e-9, atol=0), voter
 
 
-@pytest.mark.parametrize("exponent", [-300, -100, -30, 30, 100, 300])
+@pytest.mark.parametrize("exponent", [-300, 300])
 def test_the_scale_of_the_weights_does_not_change_the_votes(exponent: int, run: Run, tmp_path: Path) -> None:
     """A power of two changes no digit of any spectrum, so it changes no vote."""
     models = models_of(20)
@@ -166,12 +145,8 @@ def test_a_model_that_diverged_does_not_disturb_the_others(run: Run, tmp_path: P
     """Its numbers are finite, but far above the rest: the same votes as without it."""
     models = models_of(18)
     plain = table_of(models)
-    column = f"{LAYERS[0]}.lora.up.weight"
-    rows = plain.column(column).to_pylist()
-    folders = [write_folder(tmp_path / "plain", [plain])]
-    rows[0] = [1e30 * value for value in rows[0]]
-    index = plain.column_names.index(column)
-    folders.append(write_folder(tmp_path / "diverged", [plain.set_column(index, column, pa.array(rows))]))
+    diverged = change(plain, f"{LAYERS[0]}.lora.up.weight", 0, lambda values: [1e30 * value for value in values])
+    folders = [write_folder(tmp_path / "plain", [plain]), write_folder(tmp_path / "diverged", [diverged])]
     first, second = (run(f"--dataset={folder}", "--experiments=2").predictions.splitlines() for folder in folders)
     name, size = models[0]
     lines = [(one, other) for one, other in zip(first, second, strict=True) if f",{name},{size}," not in one]

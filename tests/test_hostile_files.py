@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LAYERS, Run, models_of, table_of, weights_of, write_folder
-from lora_writers import adapter, one_layer, within, write, write_model
+from lora_writers import adapter, assert_spectra, one_layer, spectra_by_the_book, within, write, write_model
 from torch import Tensor
 
 import dsire
@@ -36,13 +36,10 @@ def refused(file: Path, *parts: str, seconds: float = 20) -> None:
         assert part in message
 
 
-def layers_or_refusal(file: Path) -> set[str] | str:
-    """What is found in a file that may be read or refused, but has to end soon."""
+def assert_sound(file: Path) -> None:
+    """Read in time, with the spectra of `one_layer`."""
     with within(5):
-        try:
-            return set(dsire.file_spectra(file).shapes)
-        except dsire.DsireError as error:
-            return str(error)
+        assert_spectra(dsire.file_spectra(file), spectra_by_the_book({"x": tuple(one_layer().values())}, 1))  # type: ignore[dict-item]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,12 +109,6 @@ def test_a_pickle_named_safetensors_does_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def cyclic() -> dict[str, Any]:
-    content: dict[str, Any] = one_layer()
-    content["state_dict"] = content
-    return content
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -138,9 +129,9 @@ def test_a_pickle_of_something_else(content: Any, tmp_path: Path) -> None:
 
 
 def test_a_pickle_that_holds_itself(tmp_path: Path) -> None:
-    """Either read once or refused, but it ends."""
-    found = layers_or_refusal(write(tmp_path / "lora.pt", cyclic()))
-    assert found == {"x"} or "lora.pt" in found
+    content: dict[str, Any] = one_layer()
+    content["state_dict"] = content
+    assert_sound(write(tmp_path / "lora.pt", content))
 
 
 @pytest.mark.parametrize("part", ["down", "up", "alpha", "mid"])
@@ -166,7 +157,7 @@ def test_tensors_of_unusual_kinds_in_a_pickle(make: Callable[[Tensor], Tensor], 
     refused(write(tmp_path / "lora.pt", one_layer(**sound | {part: make(sound[part])})))
 
 
-@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+@pytest.mark.parametrize("keep", [0, 100, 0.99])
 @pytest.mark.parametrize("form", ["zip", "old"])
 def test_a_pickle_that_was_cut(form: str, keep: float, tmp_path: Path) -> None:
     file = tmp_path / "lora.ckpt"
@@ -180,10 +171,11 @@ def test_a_pickle_that_was_cut(form: str, keep: float, tmp_path: Path) -> None:
 # Safetensors by hand
 
 
-def raw(path: Path, header: Any, data: bytes = bytes(88), length: int | None = None) -> Path:
+def raw(path: Path, header: Any, length: int | None = None) -> Path:
     """A safetensors file with this header (JSON text, or an object to write) and perhaps a length that lies."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    data = [tensor.numpy().tobytes() for tensor in one_layer().values()]
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + b"".join(data))
     return path
 
 
@@ -195,10 +187,10 @@ SOUND = {DOWN: entry([2, 6], 0, 48), UP: entry([5, 2], 48, 88)}
 
 
 def test_a_file_by_hand_is_read_when_it_is_sound(tmp_path: Path) -> None:
-    assert dsire.file_spectra(raw(tmp_path / "lora.safetensors", SOUND)).shapes == {"x": [5, 6, 2]}
+    assert_sound(raw(tmp_path / "lora.safetensors", SOUND))
 
 
-@pytest.mark.parametrize("length", [0, 1, 7, 2**20, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [0, 1, 2**20, 2**32 - 1, 2**63, 2**64 - 1])
 def test_a_length_that_lies(length: int, tmp_path: Path) -> None:
     refused(raw(tmp_path / "lora.safetensors", SOUND, length=length))
 
@@ -250,14 +242,12 @@ def test_a_header_that_lies(header: Any, tmp_path: Path) -> None:
 
 
 def test_the_same_key_twice(tmp_path: Path) -> None:
-    """The JSON names the key twice, for the same bytes: refused, or read as either of the two."""
+    """The JSON names a key twice, for the same bytes."""
     text = json.dumps(SOUND)
-    doubled = text[:-1] + f', "{DOWN}": {json.dumps(SOUND[DOWN])}}}'
-    found = layers_or_refusal(raw(tmp_path / "lora.safetensors", doubled.encode()))
-    assert found == {"x"} or "lora.safetensors" in found
+    assert_sound(raw(tmp_path / "lora.safetensors", f'{text[:-1]}, "{DOWN}": {json.dumps(SOUND[DOWN])}}}'.encode()))
 
 
-@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, 0.5, 0.99])
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, 0.99])
 def test_safetensors_that_were_cut(keep: float, tmp_path: Path) -> None:
     file = write(tmp_path / "lora.safetensors", one_layer())
     content = file.read_bytes()
@@ -269,8 +259,10 @@ def test_a_file_larger_than_the_memory_is_read_or_refused(tmp_path: Path) -> Non
     """A sparse file of a terabyte: not every system maps so much."""
     file = raw(tmp_path / "lora.safetensors", SOUND | {"large": entry([2**40 - 88], 88, 2**40, "U8")})
     os.truncate(file, file.stat().st_size + 2**40 - 88)
-    found = layers_or_refusal(file)
-    assert found == {"x"} or "lora.safetensors" in found
+    try:
+        assert_sound(file)
+    except dsire.DsireError:
+        refused(file, "memory")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,6 +273,8 @@ def test_a_file_larger_than_the_memory_is_read_or_refused(tmp_path: Path) -> Non
     ("changes", "parts"),
     [
         ({"down": torch.full((2, 6), float("nan"))}, [DOWN, "NaN"]),
+        ({"down": torch.tensor([[float("nan"), 1, 1]]), "up": torch.ones(5, 1)}, [DOWN, "NaN"]),
+        ({"down": torch.ones(1, 3), "up": torch.tensor([[float("nan")], [1], [1]])}, [UP, "NaN"]),
         ({"up": torch.full((5, 2), float("inf"))}, [UP, "infinite"]),
         (
             {
@@ -321,8 +315,9 @@ def test_matrices_that_do_not_fit(changes: dict[str, Tensor], parts: list[str], 
     refused(write(tmp_path / "lora.safetensors", one_layer(**changes)), *parts)
 
 
-def test_an_alpha_of_text(tmp_path: Path) -> None:
-    refused(write(tmp_path / "lora.pt", one_layer(alpha="four")), "alpha")
+@pytest.mark.parametrize("alpha", ["four", [4.0], None, 10**400], ids=lambda alpha: str(alpha)[:10])
+def test_an_alpha_that_is_no_number(alpha: Any, tmp_path: Path) -> None:
+    refused(write(tmp_path / "lora.pt", one_layer(alpha=alpha)), "alpha")
 
 
 def test_an_alpha_of_zero_says_that_the_products_are_zero(tmp_path: Path) -> None:
@@ -397,9 +392,7 @@ def test_keys_that_would_spoil_the_report(tmp_path: Path) -> None:
     ids=lambda key: key[:12],
 )
 def test_keys_that_would_take_for_ever_to_match(key: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "lora.safetensors", one_layer() | {key: torch.ones(2, 2)})
-    found = layers_or_refusal(file)
-    assert "x" in found or "lora.safetensors" in found
+    assert_sound(write(tmp_path / "lora.safetensors", one_layer() | {key: torch.ones(2, 2)}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,13 +433,12 @@ def test_keys_that_would_take_for_ever_to_match(key: str, tmp_path: Path) -> Non
     ],
     ids=lambda config: str(config)[:50],
 )
-@pytest.mark.parametrize("place", ["beside", "header"])
-def test_a_config_that_makes_no_sense(config: Any, place: str, tmp_path: Path) -> None:
-    file = adapter(tmp_path / "saved", config)
-    if place == "beside":
-        refused(file)
-        return
-    text = (tmp_path / "saved" / "adapter_config.json").read_text()
+def test_a_config_that_makes_no_sense(config: Any, tmp_path: Path) -> None:
+    refused(adapter(tmp_path / "saved", config))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"lora_alpha": "four"}', '{"peft_type": "LOHA"}'])
+def test_a_config_in_the_header_that_makes_no_sense(text: str, tmp_path: Path) -> None:
     tensors = {f"x.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}
     refused(write(tmp_path / "header.safetensors", tensors, {"lora_adapter_metadata": text}))
 
@@ -469,29 +461,13 @@ def test_a_config_that_is_a_folder_or_a_link_to_itself_is_none(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        "(a+)+$",
-        "(a|a)*$",
-        "(a|aa)+b",
-        "(a*)*b",
-        "(?:a+)+b",
-        "((a+))+b",
-        "(a+){2,}b",
-        "(a+)+?b",
-        "a*a*a*a*a*a*a*a*a*a*b",
-        ".*.*.*.*.*.*.*.*.*.*b",
-    ],
+    "pattern", ["(a+)+$", "(a|aa)+b", "(a*)*b", "((a+))+b", "(a+){2,}b", "(a+)+?b", "a*a*a*a*a*a*b", ".*.*.*.*.*.*b"]
 )
 def test_patterns_that_would_take_for_ever_to_match(pattern: str, tmp_path: Path) -> None:
-    """Refused, or matched in time."""
     layer = "a" * 200
     tensors = {f"{layer}.lora_A.weight": torch.ones(2, 6), f"{layer}.lora_B.weight": torch.ones(5, 2)}
-    file = write(tmp_path / "saved" / "adapter_model.safetensors", tensors)
-    config = {"peft_type": "LORA", "lora_alpha": 4, "alpha_pattern": {pattern: 3}}
-    (tmp_path / "saved" / "adapter_config.json").write_text(json.dumps(config))
-    found = layers_or_refusal(file)
-    assert found == {layer} or "alpha_pattern" in found
+    config = {"lora_alpha": 4, "alpha_pattern": {pattern: 3}}
+    refused(write(adapter(tmp_path / "saved", config), tensors), "alpha_pattern", pattern, seconds=5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -506,11 +482,10 @@ def test_links_that_go_in_circles(tmp_path: Path, run: Run) -> None:
     (folder / "self.safetensors").symlink_to(folder / "self.safetensors")
     (folder / "nowhere.safetensors").symlink_to(tmp_path / "nowhere")
     outcome = run("--dataset", labelled, "--subset=low_4", "--predict", folder)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.code == 2
+    nowhere, own = sorted(outcome.err.splitlines())
+    assert ("nowhere.safetensors" in nowhere, "self.safetensors" in own) == (True, True)
     assert [one["file"] for one in outcome.report["estimates"]] == [str(file)]
-    assert run("--dataset", labelled, "--subset=low_4", "--predict", folder / "self.safetensors").says(
-        "self.safetensors"
-    )
 
 
 def test_a_folder_with_the_name_of_a_file(tmp_path: Path) -> None:
@@ -523,7 +498,6 @@ def test_a_folder_with_the_name_of_a_file(tmp_path: Path) -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     refused(tmp_path / "pipe.safetensors", seconds=5)
-    assert dsire.weight_files(tmp_path)[0] == []
 
 
 def test_a_safetensors_file_with_another_ending(tmp_path: Path) -> None:

@@ -127,6 +127,42 @@ def test_log_ridge_is_ridge_with_a_penalty_from_leave_one_group_out(part: dsire.
     np.testing.assert_allclose(regression.shares.numpy(), weights, **close)
 
 
+def test_log_ridge_of_several_recipes_is_fitted_anew_without_each_micro_dataset(part: dsire.Spectra) -> None:
+    """Of its kernel, by the equations of a ridge with an intercept, solved for the models that are left."""
+    second = part.micro_datasets % 2 == 1  # as if their recipe made them larger
+    values = torch.where(second[:, None], 1.5, 1.0) * part.values
+    both = dsire.replace(part, values=values, recipes=["ab"[int(number)] for number in second])
+    (run,) = dsire.splits(both.micro_datasets, dsire.Protocol(experiments=1, train_size=12))
+    train, test = both.of_models(run.train), both.of_models(run.test)
+    x, z = dsire.log_features(train, test)
+    kernel, cross = dsire.local_kernels(x @ x.T / x.shape[1], z @ x.T / x.shape[1], train, test)
+    y = train.sizes.double().log()
+
+    def fitted_on(rest: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is said of training and of test models."""
+        border = torch.ones(len(rest), 1, dtype=torch.float64)
+        ridge = kernel[rest][:, rest] + penalty * torch.eye(len(rest), dtype=torch.float64)
+        system = torch.cat([torch.cat([ridge, border], 1), torch.cat([border.T, torch.zeros(1, 1)], 1)])
+        *weights, intercept = torch.linalg.solve(system, torch.cat([y[rest], torch.zeros(1)]))
+        known, new = (side[:, rest] @ torch.stack(weights) + intercept for side in (kernel, cross))
+        return known, new
+
+    turns, held_out = {}, {}
+    for penalty in dsire.PENALTIES:
+        held_out[penalty], turns[penalty] = torch.zeros_like(y), []
+        for number in range(train.count):
+            out = train.micro_datasets == number
+            known, new = fitted_on((~out).nonzero().flatten(), penalty)
+            held_out[penalty][out] = known[out]
+            turns[penalty].append(new)
+    best = min(dsire.PENALTIES, key=lambda penalty: float((held_out[penalty] - y).square().mean()))
+    fit = dsire.LogRidge.fit(train, test)
+    close = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(fit.answers, fitted_on(torch.arange(len(y)), best)[1], **close)
+    torch.testing.assert_close(fit.held_out, held_out[best], **close)
+    torch.testing.assert_close(fit.turns, torch.stack(turns[best], dim=1), **close)
+
+
 def of_values(values: list[list[list[float]]]) -> dsire.Spectra:
     """Spectra [voters, models, r] of which nothing else matters."""
     models = len(values[0])

@@ -1,0 +1,199 @@
+"""What the machine around the script can be: proxies, a home that can't be written, odd paths, a pipe that closes."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import (
+    Model,
+    Outcome,
+    Reference,
+    Run,
+    command,
+    models_of,
+    parquet_files,
+    reference_experiments,
+    reference_spectra,
+    table_of,
+    write_folder,
+)
+from lora_writers import write_model
+
+Book = tuple[list[Model], list[Reference]]
+ONCE = "--experiments=1"
+SOCKS, NO_FILE = "socks5://127.0.0.1:9", "/nonexistent/ca.pem"
+
+
+def assert_first_experiment(outcome: Outcome, experiments: list[Reference]) -> None:
+    """It went well, and predicted what the book says."""
+    assert outcome.code == 0, outcome.err
+    rows = csv.DictReader(io.StringIO(outcome.predictions))
+    assert [int(row["predicted"]) for row in rows] == experiments[0].predicted
+
+
+def by_the_book(folder: Path) -> list[Reference]:
+    return reference_experiments(*reference_spectra(parquet_files(folder), rank=4), experiments=1)
+
+
+def shell_code(code: int) -> int:
+    """As a shell gives it: 128 and the number of the signal that ended the process."""
+    return 128 - code if code < 0 else code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings that spoil the network, or the place of its files
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "asked"),
+    [
+        ("ALL_PROXY", SOCKS, "--subset=low_8"),
+        ("HTTPS_PROXY", SOCKS, "--predict=some/lora"),
+        ("SSL_CERT_FILE", NO_FILE, "--subset=low_8"),
+        ("HF_ENDPOINT", "http://host:port", "--subset=low_8"),
+        ("HF_ENDPOINT", "hf-mirror.com", "--subset=low_8"),
+    ],
+)
+def test_a_setting_at_fault_is_named(setting: str, value: str, asked: str, run_anew: Run) -> None:
+    outcome = run_anew(asked, NO_PROXY="", **{setting: value})
+    assert outcome.says(setting)
+    assert outcome.out == ""
+
+
+@pytest.mark.parametrize("home", ["HF_HOME", "HOME"])
+def test_no_setting_matters_to_the_subset_that_ships(
+    home: str, run_anew: Run, shipped_by_the_book: Book, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is to be fetched, so that nothing asks for a home that can be written, either."""
+    monkeypatch.delenv("HF_HOME")
+    network = {"ALL_PROXY": SOCKS, "NO_PROXY": "", "SSL_CERT_FILE": NO_FILE, "HF_ENDPOINT": "http://host:port"}
+    outcome = run_anew(ONCE, **network, **{home: "/dev/null/nowhere"})
+    assert_first_experiment(outcome, shipped_by_the_book[1])
+    assert outcome.err == ""
+
+
+def test_a_subset_that_ships_is_found_by_its_name(run: Run, shipped_by_the_book: Book) -> None:
+    """No Hub is there to be asked."""
+    assert_first_experiment(run("--subset=low_4", ONCE), shipped_by_the_book[1])
+
+
+FLOCK = """
+#include <errno.h>
+#include <stdlib.h>
+int flock(int file, int how) { (void)file; (void)how; errno = atoi(getenv("FLOCK_ERRNO")); return -1; }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="there is no gcc here")
+@pytest.mark.parametrize("number", [37, 38], ids=["ENOLCK", "ENOSYS"])
+def test_a_disk_without_locks(number: int, run_anew: Run, shipped_by_the_book: Book, tmp_path: Path) -> None:
+    """As NFS and Lustre may be: the run goes on, and says once that nothing is locked."""
+    library = tmp_path / "flock.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-xc", "-", "-o", library], input=FLOCK, text=True, check=True)
+    outcome = run_anew(ONCE, LD_PRELOAD=str(library), FLOCK_ERRNO=str(number))
+    assert_first_experiment(outcome, shipped_by_the_book[1])
+    # where there are no locks at all filelock's own, a file that exists, does; where they fail it is said once
+    assert outcome.err.count("knows no locks") == outcome.err.count("\n") == (number == errno.ENOLCK)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stdout and Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("stdout", "unbuffered"), [("closed pipe", ""), ("closed pipe", "1"), ("/dev/full", "")], ids=str
+)
+def test_nobody_takes_what_is_printed(stdout: str, unbuffered: str, folder: Path, tmp_path: Path) -> None:
+    """A reader that is gone ends the script in silence, as SIGPIPE would; what --output asks for is written."""
+    if stdout == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    elif Path(stdout).exists():
+        writer = os.open(stdout, os.O_WRONLY)
+    else:
+        pytest.skip(f"there is no {stdout} here")
+    done = subprocess.run(
+        command(tmp_path, f"--dataset={folder}", ONCE),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        timeout=120,
+    )
+    os.close(writer)
+    outcome = Outcome(shell_code(done.returncode), "", done.stderr, tmp_path / "output")
+    if stdout == "closed pipe":
+        assert (outcome.code, outcome.err) == (141, "")
+    else:
+        assert outcome.says("No space left")
+    assert_first_experiment(replace(outcome, code=0), by_the_book(folder))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_interrupted_while_a_library_is_imported(library: str, run_anew: Run, tmp_path: Path) -> None:
+    """A library that presses Ctrl-C itself stands for a user who does while it is imported."""
+    (tmp_path / f"{library}.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    outcome = run_anew(PYTHONPATH=str(tmp_path))
+    assert (shell_code(outcome.code), outcome.out) == (130, "")
+    assert outcome.err.count("\n") <= 1
+    assert "Traceback" not in outcome.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+
+
+def a_folder_of_length(length: int, start: Path) -> Path:
+    """A path of so many characters below `start`."""
+    path = start / ("d" * 100)
+    return path / ("d" * (length - len(f"{path}/")))
+
+
+@pytest.mark.parametrize("name", ["a [v1]", "*", "what? [a-z]*"])
+def test_a_folder_whose_name_is_like_a_pattern(name: str, run: Run, folder: Path, tmp_path: Path) -> None:
+    odd = folder.rename(tmp_path / name)
+    assert_first_experiment(run(f"--dataset={odd}", "--subset=low_4", ONCE), by_the_book(odd))
+
+
+def test_a_folder_with_a_long_path(run: Run, folder: Path, tmp_path: Path) -> None:
+    long = a_folder_of_length(274, tmp_path)
+    long.parent.mkdir()
+    folder.rename(long)
+    assert len(str(long)) == 274
+    assert_first_experiment(run(f"--dataset={long}", "--subset=low_4", ONCE), by_the_book(long))
+
+
+def test_lora_files_with_long_names(run: Run, tmp_path: Path) -> None:
+    """Each is among the labelled ones, so that every voter names its size."""
+    models, folder = models_of(3, sizes=(1, 2)), tmp_path / "loras"
+    files = [write_model(folder / f"{number:0226}.safetensors", model) for number, model in enumerate(models)]
+    rows = [f"{file.name},{size},{name}" for file, (name, size) in zip(files, models, strict=True)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label,name", *rows]))
+    outcome = run(f"--dataset={folder}", "--predictor=dsire", "--predict", *files)
+    assert outcome.code == 0, outcome.err
+    found = [(estimate["file"], estimate["estimate"]) for estimate in outcome.report["estimates"]]
+    assert found == [(str(file), size) for file, (_, size) in zip(files, models, strict=True)]
+
+
+def test_a_tilde_is_the_home(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    write_folder(home / "wise", [table_of(models_of(3))])
+    write_model(home / "new.safetensors", ("thing_01", 5))  # one of the labelled ones: every voter names its size
+    monkeypatch.setenv("HOME", str(home))
+    places = ("--dataset=~/wise", "--cache_dir=~/cache", "--output=~/results", "--predict=~/new.safetensors")
+    outcome = run(*places, "--predictor=dsire")
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "~").exists()
+    assert len(list((home / "cache" / "spectra").glob("*.safetensors"))) == 1
+    (estimate,) = Outcome(0, "", "", home / "results").report["estimates"]
+    assert (estimate["file"], estimate["estimate"]) == (str(home / "new.safetensors"), 5)
