@@ -374,9 +374,12 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
     block = max(1, DISTANCES_AT_ONCE // len(trained))
 
     def search(voter: int) -> None:
-        known = values[voter, trained]
+        # squares of very large or small spectra are out of range; a power of two changes no digit of the others
+        middle = float(values[voter, trained].amax(-1).median())
+        factor = 2.0 ** min(1000, max(-1000, -math.frexp(middle)[1]))
+        known = values[voter, trained] * factor
         for start in range(0, len(asked), block):
-            squares = squared_distances(known, values[voter, asked[start : start + block]])
+            squares = squared_distances(known, values[voter, asked[start : start + block]] * factor)
             for nearest_ones, rows, columns in zip(found, train, test, strict=True):
                 first, last = np.searchsorted(columns, (start, start + block))
                 here = squares.take(columns[first:last] - start, axis=1).take(rows, axis=0)
@@ -2477,7 +2480,8 @@ def files_of_subset(
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
             reason = re.sub(r" with any supported extension.*", "", shown(error)).replace(str(view), "it")
             which = f" in subset {subset}" if subset else ""
-            raise DsireError(f"{what} has no parquet to read{which}: {reason}") from error
+            said = f" ({' and '.join(cards)} says which files are its)" if cards else ""
+            raise DsireError(f"{what} has no parquet to read{which}: {reason}{said}") from error
         files = list(dict.fromkeys(name for split in splits.values() for name in split))
         if not files:
             raise DsireError(f"{what}: subset {subset} has no parquet")
@@ -2554,8 +2558,11 @@ class SayRetries(logging.Handler):
             print("the Hub is busy or can't be reached: waiting, to ask again", file=sys.stderr)
 
 
-def ask_hub(what: str, question: Callable[[Any], T]) -> T:
-    """What a question, a function of HfApi, is answered; asked again after 1 and 5 seconds while the Hub is busy."""
+def ask_hub(what: str, question: Callable[[Any], T], download: bool = False) -> T:
+    """What a question, a function of HfApi, is answered; asked again after 1 and 5 seconds while the Hub is busy.
+
+    Some requests would wait for a silent server for ever: a question has 30 times what a read of a download has.
+    """
     for wait in (1, 5, 0):
         try:
             with hub_errors(what):
@@ -2565,9 +2572,10 @@ def ask_hub(what: str, question: Callable[[Any], T]) -> T:
                 log.handlers, log.propagate = [SayRetries()], False
                 if not sys.stderr.isatty():
                     huggingface_hub.utils.disable_progress_bars()
-                # some requests would wait for a silent server for ever: they get the time that its downloads have
-                huggingface_hub.get_session().timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
-                return question(huggingface_hub.HfApi())
+                if download:
+                    return question(huggingface_hub.HfApi())
+                patience = 30 * huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+                return in_background(question, huggingface_hub.HfApi()).result(patience)
         except HubBusy as error:
             if not wait:
                 raise
@@ -2645,7 +2653,7 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
             def download(api: Any, again: bool = again) -> Path:
                 return Path(api.hf_hub_download(source.dataset, shard.file, force_download=again, **options))
 
-            path = ask_hub(what, download)
+            path = ask_hub(what, download, download=True)
             if is_whole(path, shard):
                 return path
         path.unlink()
@@ -3052,9 +3060,12 @@ def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
         patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
         with disk_errors(place):
             if name:
-                return [Path(ask_hub(what, lambda api: api.hf_hub_download(repository, name, cache_dir=place)))], []
+                file = ask_hub(what, lambda api: api.hf_hub_download(repository, name, cache_dir=place), download=True)
+                return [Path(file)], []
             path = Path(
-                ask_hub(what, lambda api: api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns))
+                ask_hub(
+                    what, lambda api: api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns), True
+                )
             )
     files, notes = weight_files(path)
     if not files:
