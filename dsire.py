@@ -1634,7 +1634,9 @@ def parquet_errors(path: Path) -> Iterator[None]:
     except NotImplementedError as error:  # polars writes integers of 128 bits
         raise DsireError(f"{path} holds what pyarrow can't read ({shown(error)}): write it with other types") from error
     except Exception as error:
-        raise DsireError(f"{path} is not a whole parquet file ({shown(error)}): delete it and fetch it anew") from error
+        what = what_it_is(path, "GGUF or parquet") if path.is_file() else ""
+        reason = f"it is {what}" if what else shown(error)
+        raise DsireError(f"{path} is not a whole parquet file ({reason}): delete it and fetch it anew") from error
 
 
 def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
@@ -3427,7 +3429,7 @@ def estimates_figure(plt: Any, rows: list[tuple[Estimate, Spectra, Spectra]]) ->
     for line, (estimate, fitted, file) in zip(axes, rows, strict=True):
         sizes, recipes = fitted.sizes.unique(), sorted(set(fitted.recipes)) or ["labelled models"]
         place = torch.searchsorted(sizes, fitted.sizes)
-        held = [number for number, size in enumerate(sizes.tolist()) if estimate.holds(size)]
+        held = [number for number, size in enumerate(sizes.tolist()) if estimate.holds(size) and not estimate.first]
         for axis, matrix in zip(line, matrices, strict=True):
             its = torch.tensor([voter.matrix == matrix for voter in fitted.voters])
             known, asked = (log_norms(side)[:, its].mean(1).clamp(-300, 300).exp() for side in (fitted, file))
