@@ -38,7 +38,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from functools import cache, cached_property
@@ -2568,7 +2568,8 @@ def ask_hub(what: str, question: Callable[[Any], T], download: bool = False) -> 
     for wait in (1, 5, 0):
         try:
             with hub_errors(what):
-                import huggingface_hub
+                with redirect_stdout(io.StringIO()):  # what it raises it prints, too
+                    import huggingface_hub.hf_api
 
                 log = huggingface_hub.logging.get_logger("huggingface_hub")
                 log.handlers, log.propagate = [SayRetries()], False
