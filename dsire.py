@@ -2760,13 +2760,12 @@ def locked(shard: Shard, rank: int, cache: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     place = spectra_file(shard, rank, cache).with_suffix(".lock")
-    lock = FileLock(place, thread_local=False)  # taken in one thread, released in another
+    # taken in one thread, released in another; a file that exists would be no lock: it outlives a run that is killed
+    lock = FileLock(place, thread_local=False, fallback_to_soft=False)
     with disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with warnings.catch_warnings():  # filelock's own, that it locks by the file's existence
-                warnings.simplefilter("ignore")
-                lock.acquire(timeout=2)
+            lock.acquire(timeout=2)
         except Timeout:
             print(f"waiting for another run, which is at {Path(shard.file).name}", file=sys.stderr)
             lock.acquire()

@@ -124,9 +124,9 @@ def test_the_ends_of_a_dtype(dtype: torch.dtype, end: str, tmp_path: Path) -> No
         assert torch.allclose(values, expected[voter], rtol=1e-9, atol=0), voter
 
 
-@pytest.mark.parametrize("exponent", [-300, 300])
+@pytest.mark.parametrize("exponent", [-200, 200])
 def test_the_scale_of_the_weights_does_not_change_the_votes(exponent: int, run: Run, tmp_path: Path) -> None:
-    """A power of two changes no digit of any spectrum, so it changes no vote."""
+    """A power of two, also beyond float32's, changes no digit of any spectrum, so it changes no vote."""
     models = models_of(20)
     plain = table_of(models)
     larger = plain
