@@ -379,23 +379,23 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
         factor = 2.0 ** min(1000, max(-1000, -math.frexp(middle)[1]))
         known = values[voter, trained] * factor
         for start in range(0, len(asked), block):
-            squares = squared_distances(known, values[voter, asked[start : start + block]] * factor)
-            for nearest_ones, rows, columns in zip(found, train, test, strict=True):
-                first, last = np.searchsorted(columns, (start, start + block))
-                here = squares.take(columns[first:last] - start, axis=1).take(rows, axis=0)
-                nearest_ones[voter, first:last] = rows[here.argmin(0)]
+            squares = squared_distances(values[voter, asked[start : start + block]] * factor, known)
+            for nearest_ones, columns, rows in zip(found, train, test, strict=True):
+                first, last = np.searchsorted(rows, (start, start + block))
+                here = squares.take(rows[first:last] - start, axis=0).take(columns, axis=1)
+                nearest_ones[voter, first:last] = columns[here.argmin(1)]
 
     in_parallel(search, range(len(values)))
     return [trained[torch.from_numpy(nearest_ones)] for nearest_ones in found]
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Any:
-    """|x_i - y_j|² of rows x [n, r] and y [m, r], or what orders them alike: a NumPy array [n, m]."""
+    """|x_i - y_j|² of rows x [n, r] and y [m, r]: a NumPy array [n, m]."""
     from scipy.spatial.distance import cdist  # comes with scikit-learn
 
     if x.device.type == "cpu":
         return cdist(x.numpy(), y.numpy(), "sqeuclidean")
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
+    return (x[:, None] - y).square().sum(-1).cpu().numpy()  # not `torch.cdist`: its roots make near ones equal
 
 
 class Votes(NamedTuple):
@@ -556,7 +556,8 @@ class LogRidge:
 
         With the hat matrix H (fitted values H y) and a unit f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f
         when f is left out. A fit isn't changed by models that lie on it: so with f left out, new models are answered as
-        if y_f had been what is said of f.
+        if y_f had been what is said of f. The scale of the features, the penalty and the deviation are those of all
+        training models, whatever is left out: that all are exchangeable holds up to these few numbers.
 
         Args:
             units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
@@ -755,6 +756,8 @@ def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]
 
 
 NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
+FEWEST_COMPARED = round(1 / NOT_COMPARABLE) - 1  # of fewer left-out models no p is so small
+FAR_BEYOND = 2  # norms beyond all labelled models' by this factor are said first whatever p is
 REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
 UNTRAINED = "untrained: BA is zero in every layer, an estimate means nothing"
 FIRST = (UNTRAINED, "only ")  # how those notes of a file begin that say that it can't be judged, or hardly
@@ -832,8 +835,7 @@ def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor, units: Tensor
         units: the unit of each labelled model, 0 to K - 1, int64 [models]; K is at least 2.
     """
     if predictor in (log_ridge, log_regression):
-        with one_thread_each():
-            fit = LogRidge.fit(fitted, new, units)
+        fit = LogRidge.fit(fitted, new, units)
         answer, held_out, sizes = fit.prediction(fit.answers), fit.prediction(fit.held_out), fit.candidates
         if predictor is log_regression:
             answer, held_out = unrounded(answer), unrounded(held_out)
@@ -908,10 +910,12 @@ class Check(NamedTuple):
     Attributes:
         p: the p-value of a new model's being one more of the labelled, float64 [new].
         nearest: the number of a labelled model of the recipe and size that it is nearest to, int64 [new].
+        compared: how many left-out models p comes from: it is 1 / (1 + compared) at least.
     """
 
     p: Tensor
     nearest: Tensor
+    compared: int
 
 
 def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
@@ -953,7 +957,7 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
         at_least_as_far += (most[: int(out.sum())] >= most[int(out.sum()) :, None]).sum(1)
     p = (1 + at_least_as_far) / (compared.sum() + 1)
     near = distances_to_groups(known, groups, asked, kinds)[1]
-    return Check(p, torch.stack([(groups == group).nonzero()[0, 0] for group in near]))
+    return Check(p, torch.stack([(groups == group).nonzero()[0, 0] for group in near]), int(compared.sum()))
 
 
 def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -987,8 +991,8 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
     return columns.clamp_min(1e-300), numbers[near]
 
 
-def what_is_beyond(fitted: Spectra, new: Spectra) -> list[str]:
-    """For each new model, in words, the kinds of matrix whose norms are beyond all labelled models', or ""."""
+def what_is_beyond(fitted: Spectra, new: Spectra, factor: float) -> list[str]:
+    """For each new model, in words, the kinds of matrix whose norms are beyond all labelled models' by a factor, or ""."""
     known, asked = log_norms(fitted), log_norms(new)
     kinds = [voter.matrix for voter in fitted.voters]
     beyond = (asked - known.amax(0)).clamp_min(0) + (asked - known.amin(0)).clamp_max(0)  # signed; 0 within the range
@@ -998,7 +1002,7 @@ def what_is_beyond(fitted: Spectra, new: Spectra) -> list[str]:
         for matrix in sorted(set(kinds), key=MATRICES.index):
             rows = [row for row, kind in enumerate(kinds) if kind == matrix]
             usual, most = float(its[rows].median()), rows[int(its[rows].abs().argmax())]
-            if abs(usual) > 0.05:  # in most layers
+            if abs(usual) > math.log(factor):  # in most layers
                 parts[matrix] = f"{matrix} is {times(usual)}"
             elif abs(float(its[most])) > 3:
                 parts[matrix] = f"{matrix} of {shown(fitted.voters[most].layer)} is {times(float(its[most]))}"
@@ -1044,9 +1048,11 @@ def estimates(
         recipes=[],
     )
     labelled = replace(fitted, recipes=[]) if leave_out_recipes else fitted  # no model of its recipe is to be near it
-    check = check_recipe(labelled, new, units) if units.any() else None
-    found = estimates_on(fitted, new, predictor, confidence, units)
-    beyond = what_is_beyond(fitted, new)
+    with one_thread_each():
+        check = check_recipe(labelled, new, units) if units.any() else None
+        found = estimates_on(fitted, new, predictor, confidence, units)
+    compared = check.compared if check else 0
+    beyond, far_beyond = (what_is_beyond(fitted, new, factor) for factor in (1.05, FAR_BEYOND))
     for row, file in enumerate(files):
         one, first, said = found[row], [], list(file.notes)
         same = this_very_model(fitted, new.values[:, row])
@@ -1061,9 +1067,16 @@ def estimates(
             one = replace(one, recipe_p=float(check.p[row]))
             if labelled.of_recipe.any():
                 one = replace(one, recipe=fitted.recipes[int(check.nearest[row])])
-            if one.recipe_p <= NOT_COMPARABLE and same is None and UNTRAINED not in said:
-                first.append(f"not comparable with the labelled models (p = {one.recipe_p:.2g}): {REASONS}")
-                first.extend(filter(None, [beyond[row]]))
+        unlike = one.recipe_p <= NOT_COMPARABLE
+        if (unlike or far_beyond[row]) and same is None and UNTRAINED not in said:
+            how = f" (p = {one.recipe_p:.2g})" if unlike else ""
+            first.append(f"not comparable with the labelled models{how}: {REASONS}")
+            first.extend(filter(None, [beyond[row]]))
+        elif compared < FEWEST_COMPARED:
+            said.append(
+                f"{compared} labelled models that can be left out are too few to tell whether the file is comparable "
+                f"({FEWEST_COMPARED} are needed): only what is {FAR_BEYOND} times beyond all of them is noticed"
+            )
         if one.confidence_set and not one.holds(one.estimate):
             said.append("the set does not hold the estimate: trust the set")
         if one.stated_size and one.stated_size != one.estimate:
@@ -2371,6 +2384,8 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
     """
     folder = path_of(dataset)
     if os.path.isdir(folder):
+        if revision is not None:
+            raise DsireError(f"--revision is of a dataset on the Hub, and {folder} is a folder: leave it out")
         return folder_source(folder, subset), []
     if os.path.exists(folder):
         raise DsireError(f"--dataset={dataset} is a file: give the folder that holds it")
@@ -2582,7 +2597,7 @@ def ask_hub(what: str, question: Callable[[Any], T], download: bool = False) -> 
         except HubBusy as error:
             if not wait:
                 raise
-            print(f"{error}; asking again", file=sys.stderr)
+            print(f"{str(error).removesuffix('; try again later')}; asking again", file=sys.stderr)
             time.sleep(wait)
     raise AssertionError
 
@@ -3135,7 +3150,7 @@ def describe(spectra: Spectra, settings: dict[str, Any], notes: list[str], *more
 
 def summary_cells(values: Iterable[tuple[float, float]]) -> str:
     """MAE, MAPE and accuracy as mean ± standard deviation, in columns."""
-    return "".join(f"{f'{mean:.2f} ± {std:.2f}':>16}" for mean, std in values)
+    return "".join(f" {f'{mean:.2f} ± {std:.2f}':>15}" for mean, std in values)
 
 
 def paper_values(settings: dict[str, Any]) -> dict[str, tuple[tuple[float, float], ...]]:
@@ -3609,20 +3624,20 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
         details["unlabelled"] = found.unlabelled
         details["sure"] = {name: torch.cat(its).mean(0).tolist() for name, its in found.sure.items()}
         details["by_recipe"] = {name: table.tolist() for name, table in found.recipes.items()}
-    if arguments.output:
-        write_predictions(arguments.output, spectra, results)
-        write_report(arguments.output, settings, notes, details)
-    if arguments.plots:
-        growth = by_train_size(spectra, predictor, protocol)
-        title = f"{arguments.predictor} on {settings['subset']}, {len(spectra.names)} models"
-        figures: dict[str, Callable[[Any], Any]] = {
-            "confusion": lambda plt: confusion_figure(plt, spectra, results, title),
-            "spectra": lambda plt: spectra_figure(plt, spectra),
-            "layers": lambda plt: layers_figure(plt, spectra),
-            "training": lambda plt: training_figure(plt, growth, f"{title} (bars: std over experiments)"),
-        }
-        draw(arguments.output, figures)
-    say(lines)
+    with said_at_the_end(lines):
+        if arguments.output:
+            write_predictions(arguments.output, spectra, results)
+            write_report(arguments.output, settings, notes, details)
+        if arguments.plots:
+            growth = by_train_size(spectra, predictor, protocol)
+            title = f"{arguments.predictor} on {settings['subset']}, {len(spectra.names)} models"
+            figures: dict[str, Callable[[Any], Any]] = {
+                "confusion": lambda plt: confusion_figure(plt, spectra, results, title),
+                "spectra": lambda plt: spectra_figure(plt, spectra),
+                "layers": lambda plt: layers_figure(plt, spectra),
+                "training": lambda plt: training_figure(plt, growth, f"{title} (bars: std over experiments)"),
+            }
+            draw(arguments.output, figures)
 
 
 def predict(
@@ -3661,18 +3676,27 @@ def predict(
     order = {str(path): number for number, path in enumerate(paths)}
     judged.sort(key=lambda one: order[one[0].file])
     found = [estimate for estimate, _, _ in judged]
-    if arguments.output:
-        write_estimates(arguments.output, found, refused)
-        details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]
-        write_report(arguments.output, settings, notes, {"estimates": details, "refused": refused})
-    if arguments.plots and judged:
-        drawn = judged[:PICTURED]
-        draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn)})
-        if len(judged) > PICTURED:
-            notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
+    if arguments.plots and len(judged) > PICTURED:
+        notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
     lines = describe(fitted, settings, notes, f"predictor {arguments.predictor}")
-    say(lines + [line for estimate in found for line in estimate_lines(estimate, arguments.confidence)])
+    with said_at_the_end(lines + [line for one in found for line in estimate_lines(one, arguments.confidence)]):
+        if arguments.output:
+            write_estimates(arguments.output, found, refused)
+            details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]
+            write_report(arguments.output, settings, notes, {"estimates": details, "refused": refused})
+        if arguments.plots and judged:
+            drawn = judged[:PICTURED]
+            draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn)})
     return not refused
+
+
+@contextmanager
+def said_at_the_end(lines: list[str]) -> Iterator[None]:
+    """Files are written before anything is printed, in case nobody reads it; what is found is printed in any case."""
+    try:
+        yield
+    finally:
+        say(lines)
 
 
 def say(lines: list[str]) -> None:

@@ -203,6 +203,7 @@ def test_an_output_that_cannot_be_written(run: Run, folder: Path, tmp_path: Path
         ("--rank=four", ("--rank", "'four'")),
         ("--matrices=AB", ("--matrices", "AB")),
         ("--device=abacus", ("--device=abacus",)),
+        ("--revision=v2", ("--revision", "is a folder")),
         ("--no_such_option", ("--no_such_option",)),
     ],
 )

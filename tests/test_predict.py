@@ -32,6 +32,7 @@ from conftest import (
 from conftest import table_of as wise_table
 from hub_stand_in import HubStandIn
 from lora_writers import adapter, by_hand, kohya_keys, one_layer, write, write_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dsire
@@ -395,6 +396,26 @@ def test_copies_among_the_labelled_models(tmp_path: Path, run: Run) -> None:
     new, copy = estimates_in(outcome)
     assert not any("among the labelled" in warning for warning in new["warnings"])
     assert any("among the labelled" in warning for warning in copy["warnings"])
+    few = f"{2 * len(SIZES)} labelled models that can be left out are too few"
+    assert new["first"] or any(few in warning for warning in new["warnings"])
+
+
+@pytest.mark.parametrize("micro_datasets", [1, 2])
+def test_what_is_far_beyond_a_few_labelled_models_is_said_first(tmp_path: Path, run: Run, micro_datasets: int) -> None:
+    """Of fewer than 19 no p-value can be 0.05, so none is needed: all norms are 1e6 times the labelled ones', or 1/1e6."""
+    models = [(f"thing_{number:02d}", size) for number in range(micro_datasets) for size in SIZES]
+    folder = write_own(tmp_path / "own", models)
+    files = []
+    for name, factor in (("large", 1e6), ("small", 1e-6)):
+        weights = load_file(write_model(tmp_path / f"{name}.safetensors", ("new", 2)))
+        scaled = {key: tensor if key.endswith("alpha") else factor * tensor for key, tensor in weights.items()}
+        save_file(scaled, tmp_path / f"{name}.safetensors")
+        files.append(tmp_path / f"{name}.safetensors")
+    outcome = run("--dataset", folder, "--predict", *files)
+    assert outcome.code == 0
+    for one, word in zip(estimates_in(outcome), ("large", "small"), strict=True):
+        assert one["first"][0].startswith("not comparable with the labelled models: ")
+        assert f"times as {word}" in one["first"][1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
