@@ -59,7 +59,7 @@ SHIPPED = Path(__file__).resolve().parent / "tests" / "tiny_wise"
 SHIPPED_SUBSET = "low_4"
 CACHE = Path(".cache/lora_wise")
 MATRICES = ("A", "B", "BA")
-CACHE_FORMAT = 3  # part of every cache key: spectra that were written in another form are computed anew
+CACHE_FORMAT = 4  # part of every cache key: spectra that were written in another form are computed anew
 DISTANCES_AT_ONCE = 2**20  # of one voter, by the nearest-neighbour search: 8 MiB for each core
 BYTES_AT_ONCE = 2**27  # of decoded columns, over all cores
 
@@ -229,6 +229,34 @@ def qr_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return spectra[0], spectra[1], spectra[2]
 
 
+def matrix_spectrum(matrix: Tensor, count: int) -> Tensor:
+    """The largest singular values of any matrix, in falling order: float64 [count], or [min(out, in)] if that is less.
+
+    As in `lora_spectra` they come from a Gram matrix, that of the smaller side, unless they lie too far apart for it.
+
+    Args:
+        matrix: [out, in], float64.
+
+    Raises:
+        FloatingPointError: a number is not finite.
+    """
+    squared = gram(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT)
+    if squared.diagonal().sum().isfinite():
+        squares = torch.linalg.eigvalsh(squared).flip(-1)[:count]
+        if squares[-1] > max(1e-6 * float(squares[0]), 1e-280):
+            roots: Tensor = squares.sqrt()
+            return roots
+    if not matrix.isfinite().all():
+        raise FloatingPointError("weights that are not finite")
+    values: Tensor = torch.linalg.svdvals(matrix)[:count]
+    return values
+
+
+def product_spectrum(b: Tensor, a: Tensor, count: int) -> Tensor:
+    """`matrix_spectrum` of B A, for B [out, r] and A [r, in]; formed only where r is no smaller than out or in."""
+    return lora_spectra(a, b)[2][:count] if len(a) < min(len(b), a.shape[1]) else matrix_spectrum(b @ a, count)
+
+
 def of_rank(values: Tensor, rank: int) -> Tensor:
     """Spectra [..., any number] cut, or filled with zeros, to [..., rank]."""
     return torch.nn.functional.pad(values, (0, rank - values.shape[-1]))
@@ -271,10 +299,12 @@ class Spectra:
         sizes: n, the number of training images, of each model: int64 [models]; 0 if it is not known.
         names: what the micro-dataset of each model is called (LoRA-WiSE's column `name`): strings or integers.
         voters: what each row of `values` is.
-        shapes: layer -> [out, in, rank].
+        shapes: layer -> [out, in, rank], or [out, in] where there is no A and B.
         notes: what was left out or is unusual, to be said in the report.
         recipes: what the recipe that each model was trained with is called; empty where nothing says it.
         recipes_stated: whether that is what LoRA files' own headers state.
+        method: "LoRA", or what else the models are, such as "full fine-tune"; BA is the change of the weights then.
+        first: of a file, what has to be known before an estimate.
     """
 
     values: Tensor
@@ -285,6 +315,8 @@ class Spectra:
     notes: list[str] = field(default_factory=list)
     recipes: list[str] = field(default_factory=list)
     recipes_stated: bool = False
+    method: str = "LoRA"
+    first: list[str] = field(default_factory=list)
 
     @cached_property
     def micro_datasets(self) -> Tensor:
@@ -759,8 +791,7 @@ NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
 FEWEST_COMPARED = round(1 / NOT_COMPARABLE) - 1  # of fewer left-out models no p is so small
 FAR_BEYOND = 2  # norms beyond all labelled models' by this factor are said first whatever p is
 REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
-UNTRAINED = "untrained: BA is zero in every layer, an estimate means nothing"
-FIRST = (UNTRAINED, "only ")  # how those notes of a file begin that say that it can't be judged, or hardly
+UNTRAINED = "untrained: the change of the weights is zero in every layer, an estimate means nothing"
 
 
 @dataclass(frozen=True)
@@ -992,7 +1023,7 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
 
 
 def what_is_beyond(fitted: Spectra, new: Spectra, factor: float) -> list[str]:
-    """For each new model, in words, the kinds of matrix whose norms are beyond all labelled models' by a factor, or ""."""
+    """For each new model, in words, the kinds of matrix that are so many times beyond all labelled models', or ""."""
     known, asked = log_norms(fitted), log_norms(new)
     kinds = [voter.matrix for voter in fitted.voters]
     beyond = (asked - known.amax(0)).clamp_min(0) + (asked - known.amin(0)).clamp_max(0)  # signed; 0 within the range
@@ -1054,7 +1085,7 @@ def estimates(
     compared = check.compared if check else 0
     beyond, far_beyond = (what_is_beyond(fitted, new, factor) for factor in (1.05, FAR_BEYOND))
     for row, file in enumerate(files):
-        one, first, said = found[row], [], list(file.notes)
+        one, first, said = found[row], list(file.first), list(file.notes)
         same = this_very_model(fitted, new.values[:, row])
         if same is not None:
             label = f"{shown(fitted.names[same])} of {counted(int(fitted.sizes[same]), 'image')}"
@@ -1068,7 +1099,7 @@ def estimates(
             if labelled.of_recipe.any():
                 one = replace(one, recipe=fitted.recipes[int(check.nearest[row])])
         unlike = one.recipe_p <= NOT_COMPARABLE
-        if (unlike or far_beyond[row]) and same is None and UNTRAINED not in said:
+        if (unlike or far_beyond[row]) and same is None and UNTRAINED not in first:
             how = f" (p = {one.recipe_p:.2g})" if unlike else ""
             first.append(f"not comparable with the labelled models{how}: {REASONS}")
             first.extend(filter(None, [beyond[row]]))
@@ -1081,8 +1112,7 @@ def estimates(
             said.append("the set does not hold the estimate: trust the set")
         if one.stated_size and one.stated_size != one.estimate:
             said.append(f"the estimate disagrees with the size that the file states, {one.stated_size}")
-        first = [*(note for note in said if note.startswith(FIRST)), *first]
-        found[row] = replace(one, first=first, warnings=[note for note in said if note not in first])
+        found[row] = replace(one, first=first, warnings=said)
     return found
 
 
@@ -1145,18 +1175,20 @@ SUBSETS_THAT_FIT = {
 def matched(file: Spectra, fitted: Spectra) -> Spectra:
     """The file's model on the voters that it shares with the fitted ones; what doesn't fit is counted in its notes.
 
+    Models of different methods share A and B, or the changes of the weights, with as many values as both have.
+
     Raises:
         DsireError: no layer fits; the message names layers of both, what the file states, and a subset that would fit.
     """
-    common = [layer for layer, shape in fitted.shapes.items() if file.shapes.get(layer) == shape]
+    common = [layer for layer, shape in fitted.shapes.items() if same_shape(file.shapes.get(layer, []), shape)]
     lacking = fitted.shapes.keys() - file.shapes.keys()
     unknown = file.shapes.keys() - fitted.shapes.keys()
     notes = list(file.notes)
     if other_shape := sorted(fitted.shapes.keys() - lacking - set(common)):
-        first = other_shape[0]
+        one = other_shape[0]
         notes.append(
-            f"{len(other_shape)} layers have other shapes [out, in, rank] than the labelled models', such as {first}: "
-            f"{file.shapes[first]}, not {fitted.shapes[first]}"
+            f"{len(other_shape)} layers have other shapes [out, in, rank] than the labelled models', such as {one}: "
+            f"{file.shapes[one]}, not {fitted.shapes[one]}"
         )
     if lacking:
         notes.append(
@@ -1175,14 +1207,35 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
         raise DsireError(
             f"{file.names[0]} has no layer in common with the labelled models{kinds}: {advice}; " + "; ".join(notes)
         )
-    if 2 * len(common) < len(fitted.shapes):
-        notes.insert(
-            0, f"only {len(common)} of the {len(fitted.shapes)} fitted layers are in the file with the same shape"
+    kept, known, first = set(common), set(file.voters), list(file.first)
+    voters = [voter for voter in fitted.voters if voter.layer in kept and voter in known]
+    if not voters:
+        raise DsireError(
+            f"{file.names[0]} ({file.method}) has no matrix in common with the labelled models ({fitted.method}): for "
+            "the change of its weights, give the model it was fine-tuned from with --base"
         )
-    kept = set(common)
-    voters = [voter for voter in fitted.voters if voter.layer in kept]
     rank = fitted.values.shape[-1]
-    return replace(file, values=of_rank(file.of_voters(voters).values, rank), voters=voters, notes=notes)
+    if file.method != fitted.method:
+        rank = min(rank, file.values.shape[-1])
+        methods = f"it is a {file.method}, and each labelled model a {fitted.method}"
+        first.append(f"another method: {methods}; compared by {matrices_of(voters)} alone")
+    if 2 * len(common) < len(fitted.shapes):
+        shared = f"{len(common)} of the {len(fitted.shapes)} fitted layers"
+        first.append(f"only {shared} are in the file with the same shape")
+    values = of_rank(file.of_voters(voters).values, rank)
+    return replace(file, values=values, voters=voters, notes=notes, first=first)
+
+
+def same_shape(one: list[int], other: list[int]) -> bool:
+    """Whether two layers are alike, [out, in, rank], or [out, in] where one of them has no A and B."""
+    both = min(len(one), len(other))
+    return both >= 2 and one[:both] == other[:both]
+
+
+def matrices_of(voters: Iterable[Voter]) -> str:
+    """The kinds of matrix that vote, for a message."""
+    kinds = {voter.matrix for voter in voters}
+    return " ".join(matrix for matrix in MATRICES if matrix in kinds)
 
 
 def three_of(layers: Iterable[str]) -> str:
@@ -1192,15 +1245,16 @@ def three_of(layers: Iterable[str]) -> str:
 
 def kinds_of_sd(shapes: dict[str, list[int]]) -> set[tuple[int, int]]:
     """The width of the text that cross-attention looks at, and the rank, of the layers that do."""
-    return {(shape[1], shape[2]) for layer, shape in shapes.items() if layer.endswith("attn2_to_k")}
+    return {(shape[1], shape[-1]) for layer, shape in shapes.items() if layer.endswith("attn2_to_k")}
 
 
 def kind_of_model(shapes: dict[str, list[int]]) -> str:
     """What a set of layers looks like, for messages: layers, ranks, and the width of the cross-attention."""
-    ranks = " ".join(str(rank) for rank in sorted({shape[2] for shape in shapes.values()}))
+    ranks = " ".join(str(rank) for rank in sorted({shape[2] for shape in shapes.values() if len(shape) > 2}))
     widths = sorted({shape[1] for layer, shape in shapes.items() if layer.endswith("attn2_to_k")})
     names = [f"{width}" + (f" ({SD_OF_WIDTH[width]})" if width in SD_OF_WIDTH else "") for width in widths]
-    return f"{len(shapes)} layers of rank {ranks}" + (f", cross-attention width {', '.join(names)}" if names else "")
+    of_rank = f" of rank {ranks}" if ranks else ""
+    return f"{len(shapes)} layers{of_rank}" + (f", cross-attention width {', '.join(names)}" if names else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1402,9 +1456,12 @@ MATRIX_KEY = re.compile(
     r"|:(?P<numbered>down|up)"
     r"|\.lora_(?:embedding_)?(?P<letter>[ABab])(?:\.(?!weight|bias)[^.]+)?(?:\.weight)?"
     r"|\.(?P<alpha>alpha)"
-    r"|\.(?P<magnitude>(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.[^.]+)*|m))"
+    r"|\.(?P<magnitude>(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.[^.]+)*|m)"
+    r"|\.(?P<factor>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.(?!weight)[^.]+)?(?:\.weight)?)"
 )
 MATRIX_OF_WORD = {"down": "A", "up": "B", "mid": "mid"}
+# A matrix of a full model; embeddings are left out, and what turns out to have one dimension (norms).
+WEIGHT_KEY = re.compile(r"(.+)(?<!embedding)(?<!embeddings)(?<!wte)(?<!wpe)(?<!\bshared)(?<!embed_tokens)[._]weight")
 # What stands before it: wrappers, anywhere; then names of the main network, and of containers that it was saved in.
 WRAPPER = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)[._]")
 NETWORK = re.compile(
@@ -1428,8 +1485,6 @@ LDM_OUTSIDE = {
     **{"label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2"},
 }
 OTHER_METHODS = {
-    "LoHa": r"\.hada_w",
-    "LoKr": r"\.lokr_w",
     "(IA)3": r"\.ia3_l|\.on_input$",
     "VeRA": r"\.vera_|^vera_",
     "AdaLoRA": r"\.lora_E$|\.lora_E\.",
@@ -1437,6 +1492,9 @@ OTHER_METHODS = {
     "OFT": r"\.oft_",
     "stacked experts' (target_parameters)": r"\.(?:experts|base_layer)\.lora_[AB]\b",
 }
+
+
+MERGE_IT = ", whose change of the weights is not read here: merge it into its model, and judge that with --base"
 
 
 def in_network(path: str) -> tuple[str, str]:
@@ -1491,6 +1549,8 @@ def ldm_in_diffusers(name: str) -> str:
 def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; and the other keys.
 
+    Of LoHa and LoKr the parts are called as LyCORIS does it, such as "hada_w1_a".
+
     Args:
         strays: whether layers with one of A and B only, fewer than the whole ones, may be among the other keys.
 
@@ -1505,27 +1565,29 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[d
             continue
         for method, pattern in OTHER_METHODS.items():
             if re.search(pattern, key):
-                raise DsireError(f"{file}: these are {method} weights ({shown(key)}); only plain LoRA can be judged")
+                raise DsireError(f"{file}: these are {method} weights ({shown(key)}){MERGE_IT}")
         match = MATRIX_KEY.fullmatch(key)
         if not match:
             others.append(key)
             continue
         word = match["word"] or match["numbered"]
         letter = match["letter"].upper() if match["letter"] else None
-        matrix = letter or (match["alpha"] and "alpha") or (match["magnitude"] and "magnitude") or MATRIX_OF_WORD[word]
+        named = (match["alpha"] and "alpha") or (match["magnitude"] and "magnitude") or match["factor"]
+        matrix = letter or named or MATRIX_OF_WORD[word]
         pair = found.setdefault(layer_name(match["layer"] + (match["stream"] or "")), {})
         if matrix in pair:
             raise DsireError(f"{file}: {shown(key)} is the same matrix as {shown(pair[matrix])}")
         pair[matrix] = key
-    layers = {layer: pair for layer, pair in found.items() if {"A", "B"} <= pair.keys()}
+    layers = {layer: pair for layer, pair in found.items() if method_of(pair)}
     partial = [pair for layer, pair in found.items() if layer not in layers]
     if len(partial) > (len(layers) if strays else 0):
         lone = next(iter(partial[0].values()))
-        lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B"
+        lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B, or another part,"
         raise DsireError(f"{file}: {shown(lone)} has no partner: the layer's {lacking} is missing")
     of_lora = [key for key in others if re.search(r"(?i)lora(?!.*bias$)", key)]
     if not layers:
-        kind = "it is " + ("a full checkpoint, not a LoRA" if others else "empty")
+        full = "a full checkpoint, not a LoRA: give the model that it was fine-tuned from with --base"
+        kind = f"it is {full if others else 'empty'}"
         kind = f"the layout of {shown(of_lora[0])} is not known here" if of_lora else kind
         error = DsireError if of_lora else NoLora  # a layout that isn't known here is not left out as something else
         raise error(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
@@ -1533,6 +1595,35 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[d
     if unknown:  # what comes next: it may stand between A and B
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
     return layers, others + [key for pair in partial for key in pair.values()]
+
+
+def method_of(parts: Iterable[str]) -> str:
+    """What a layer with such parts is of: "LoRA", "DoRA", "LoHa", "LoKr", "full fine-tune"; "" if one is missing."""
+    has = set(parts)
+    if "weight" in has:
+        return "full fine-tune"
+    if {"A", "B"} <= has:
+        return "DoRA" if "magnitude" in has else "LoRA"
+    if {f"hada_w{number}_{side}" for number in (1, 2) for side in "ab"} <= has:
+        return "LoHa"
+    whole = all(name in has or {f"{name}_a", f"{name}_b"} <= has for name in ("lokr_w1", "lokr_w2"))
+    return "LoKr" if whole else ""
+
+
+def weight_matrices(keys: Iterable[str], file: str, network: str = "") -> dict[str, str]:
+    """Layer -> key of the weights of a full model, or of a part of one that is called `network`.
+
+    Raises:
+        DsireError: the same layer twice.
+    """
+    found: dict[str, str] = {}
+    for key in keys:
+        match = WEIGHT_KEY.fullmatch(key) if len(key) <= 1000 else None
+        layer = layer_name(network + match[1]) if match else ""
+        if layer in found:
+            raise DsireError(f"{file}: {shown(key)} is the same layer as {shown(found[layer])}")
+        found |= {layer: key} if match else {}
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1671,6 +1762,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
         sizes, names, recipes = model_labels(labels, path.name)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others = lora_layers(columns, path.name)
+        if unlike := next((pair for pair in layers.values() if "A" not in pair), None):
+            what = f"{path.name}: {shown(next(iter(unlike.values())))} is of a {method_of(unlike)}"
+            raise DsireError(f"{what}, which is read from files only: put the models into a folder")
         lone = [column for column in others if len(column) <= 1000 and MATRIX_KEY.fullmatch(column)]
         if lone:  # in a table of models it is no stray: a part of every model is missing
             raise DsireError(f"{path.name}: {shown(lone[0])} has no partner: the layer's A (down) or B (up) is missing")
@@ -1686,11 +1780,12 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
     unused = sorted(set(others) - {*LABELS})
     notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
     if any("magnitude" in pair for pair in layers.values()):
-        notes.append("DoRA: the magnitude vectors are set aside, only A and B are judged")
-    order = voters_of(layers)
+        notes.append(MAGNITUDES)
+    # of DoRA, BA is not the change of the weights
+    order = voters_of({layer: [*pair, *["BA"] * ("magnitude" not in pair)] for layer, pair in layers.items()})
     values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
     shapes = {layer: shape for layer, (_, shape) in spectra.items()}
-    return Spectra(values, sizes, names, order, shapes, notes, recipes)
+    return Spectra(values, sizes, names, order, shapes, notes, recipes, method=methods_of(layers))
 
 
 def pair_spectra(
@@ -1744,10 +1839,18 @@ def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: li
     return f"columns {' and '.join(map(shown, pair.values()))} hold numbers too large to multiply"
 
 
-def voters_of(layers: dict[str, dict[str, str]]) -> list[Voter]:
-    """The voters in the order in which a tie is broken: A and B as the keys stand, then the products."""
-    singles = [Voter(layer, matrix) for layer, pair in layers.items() for matrix in pair if matrix in MATRICES]
-    return singles + [Voter(layer, "BA") for layer in layers]
+MAGNITUDES = "DoRA: the magnitude vectors are set aside, only A and B are judged"
+
+
+def voters_of(layers: dict[str, list[str]]) -> list[Voter]:
+    """The voters in the order in which a tie is broken: A and B as the layers' parts stand, then the changes BA."""
+    voters = [Voter(layer, part) for layer, parts in layers.items() for part in parts if part in MATRICES]
+    return sorted(voters, key=lambda voter: voter.matrix == "BA")
+
+
+def methods_of(layers: dict[str, dict[str, str]]) -> str:
+    """The method of a model's layers, or all of them."""
+    return " and ".join(sorted({method_of(pair) for pair in layers.values()}))
 
 
 def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
@@ -1955,6 +2058,8 @@ HARMLESS = re.compile(
     "|exclude_modules|lora_dropout|fan_in_fan_out|bias|modules_to_save|layers_to_transform|layers_pattern|megatron_.*"
     "|trainable_token_indices|(loftq|eva|corda|lora_ga|velora|runtime)_config|use_dora|alora_invocation_tokens"
     "|qalora_group_size|layer_replication|lora_bias|ensure_weight_tying|lora_dtype|lorap_(lr_ratio|emb_lr)"
+    # and of its LoHaConfig and LoKrConfig
+    "|rank_dropout|rank_dropout_scale|module_dropout|use_effective_conv2d|decompose_both|decompose_factor|init_weights"
 )
 OF_SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "scale")
 # What stands in headers by itself, and PEFT's name for it.
@@ -2009,12 +2114,11 @@ def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any
             alpha = mlx.get("alpha", mlx.get("rank"))  # the scale is all there is, but for MLX's oldest files
             config = {"peft_type": method, "r": mlx.get("rank"), "lora_alpha": alpha, "scale": mlx.get("scale")}
         said = [(*key.rpartition(".")[::2], value) for key, value in config.items()]
+        said = [(network, "lora_alpha" if key == "alpha" else key, value) for network, key, value in said]  # LoHa's
     settings: dict[str, dict[str, Any]] = {}
     for network, key, value in said:
-        if key == "peft_type" and str(value or "LORA").upper() != "LORA":
-            raise DsireError(
-                f"{path.name}: {place} says these are {shown(value)} weights; only plain LoRA can be judged"
-            )
+        if key == "peft_type" and str(value or "LORA").upper() not in ("LORA", "LOHA", "LOKR"):
+            raise DsireError(f"{path.name}: {place} says these are {shown(value)} weights{MERGE_IT}")
         if value and key not in OF_SCALE and not HARMLESS.fullmatch(key):
             raise DsireError(f"{path.name}: {place} has {shown(key)}, which may change what A and B mean: not judged")
         own = settings.setdefault(in_network(f"{network}.")[0] if network else ANY_NETWORK, {})
@@ -2030,7 +2134,7 @@ def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any
 
 def settings_of(pair: dict[str, str], settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str]:
     """What is said of the network that a layer with these keys is part of, and the layer's path in that network."""
-    match = MATRIX_KEY.fullmatch(pair["A"])
+    match = MATRIX_KEY.fullmatch(next(iter(pair.values())))
     assert match is not None
     network, path = in_network(match["layer"])
     own = {**settings.get(ANY_NETWORK, {}), **settings.get(network, {})}
@@ -2060,17 +2164,18 @@ def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) ->
     return default
 
 
-def peft_scale(settings: dict[str, Any], path: str, rank: int) -> float:
+def peft_scale(settings: dict[str, Any], path: str, rank: int | None) -> float:
     """lora_alpha / r, or lora_alpha / sqrt(r) for rslora, of a layer whose path in its network is given.
 
     Args:
-        rank: r of this layer, from the shape of A.
+        rank: r of this layer, from the shape of A; None if its matrices are whole, so that only the settings say it.
 
     Raises:
         DsireError: an alpha is no number, or r is not the rank.
     """
     r = by_pattern(settings, "rank_pattern", path, settings.get("r"))
-    if r is not None and (isinstance(r, bool) or r != rank):
+    rank = r if rank is None else rank
+    if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
         raise DsireError(f"r is {shown(repr(r))}, but {shown(path)} has rank {rank}")
     alpha = by_pattern(settings, "alpha_pattern", path, settings["lora_alpha"])
     for name, number in (("lora_alpha", alpha), ("scale", settings.get("scale", 1))):
@@ -2085,7 +2190,11 @@ def read_tensor(weights: Weights, key: str, file: str, least_dimensions: int = 2
     Raises:
         DsireError: it is of another kind, empty, or has fewer dimensions, or less memory behind it than its shape says.
     """
-    tensor = weights.tensor(key)
+    return as_float64(weights.tensor(key), key, file, least_dimensions)
+
+
+def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
+    """`read_tensor` of one that is read."""
     plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
     number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
     real = plain and (tensor.is_floating_point() or number)
@@ -2099,107 +2208,364 @@ def read_tensor(weights: Weights, key: str, file: str, least_dimensions: int = 2
         raise DsireError(f"{file}: {shown(key)} is {tensor.dtype}, which torch can't convert") from error
 
 
-def lora_matrices(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """Every LoRA layer of a file, one at a time: its name, A [r, in], B [out, r] in float64, and the scale of BA.
+def scale_of(path: Path, weights: Weights, pair: dict[str, str], settings: Any, rank: int | None) -> float:
+    """What the product of a layer's matrices is multiplied by, alpha / r; 1 where nothing states alpha.
+
+    Args:
+        settings: what `lora_settings` says.
+        rank: r of the layer; None for a LoKr of two whole matrices, which has none (LyCORIS then ignores alpha).
+
+    Raises:
+        DsireError: an alpha is no number, or contradicts the matrices.
+    """
+    own, place = settings_of(pair, settings)
+    if "alpha" in pair:
+        alpha = read_tensor(weights, pair["alpha"], path.name, least_dimensions=0)
+        if alpha.numel() != 1 or not alpha.isfinite().all():
+            raise DsireError(f"{path.name}: {shown(pair['alpha'])} is not one finite number")
+        return float(alpha.reshape(())) / rank if rank else 1.0
+    if "lora_alpha" not in own:
+        return 1.0
+    try:
+        return peft_scale(own, place, rank)
+    except DsireError as error:
+        raise DsireError(f"{path.name}: its LoRA settings: {error}") from error
+
+
+def lora_matrices(path: Path, weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] of a LoRA layer, float64.
 
     A convolution's A [r, in, k, k] is taken as [r, in k k]. LoCon's middle matrix [r, r, k, k] is made part of A.
 
     Raises:
         DsireError: matrices that do not fit each other, or not of floating point numbers.
     """
-    layers, _ = lora_layers(weights.keys, path.name, strays=True)
-    settings = lora_settings(path, weights.header)
-    for layer, pair in layers.items():
-        a, b = (read_tensor(weights, pair[matrix], path.name) for matrix in ("A", "B"))
-        if pair["A"].endswith(".lora_a") and a.ndim == 2 and a.shape[0] > a.shape[1]:
-            a, b = a.mT, b.mT  # MLX has A as [in, r] and B as [r, out]
-        rank = a.shape[0]
-        if "mid" in pair:
-            middle = read_tensor(weights, pair["mid"], path.name)
-            if middle.shape[1] != rank or a[0, 0].numel() != 1:
-                raise DsireError(f"{path.name}: {shown(pair['mid'])} {list(middle.shape)} does not fit {list(a.shape)}")
-            a, rank = torch.einsum("ij...,jm->im...", middle, a.flatten(1)), middle.shape[0]
-        if b.flatten(1).shape[1] != rank:
-            one, other = f"{shown(pair['A'])} has rank {rank}", f"{shown(pair['B'])} has shape {list(b.shape)}"
-            raise DsireError(f"{path.name}: {one}, but {other}")
-        own, place = settings_of(pair, settings)
-        scale = 1.0
-        if "alpha" in pair:
-            alpha = read_tensor(weights, pair["alpha"], path.name, least_dimensions=0)
-            if alpha.numel() != 1 or not alpha.isfinite().all():
-                raise DsireError(f"{path.name}: {shown(pair['alpha'])} is not one finite number")
-            scale = float(alpha.reshape(())) / rank
-        elif "lora_alpha" in own:
-            try:
-                scale = peft_scale(own, place, rank)
-            except DsireError as error:
-                raise DsireError(f"{path.name}: its LoRA settings: {error}") from error
-        yield layer, a.flatten(1), b.flatten(1), scale
+    a, b = (read_tensor(weights, pair[matrix], path.name) for matrix in ("A", "B"))
+    if pair["A"].endswith(".lora_a") and a.ndim == 2 and a.shape[0] > a.shape[1]:
+        a, b = a.mT, b.mT  # MLX has A as [in, r] and B as [r, out]
+    rank = a.shape[0]
+    if "mid" in pair:
+        middle = read_tensor(weights, pair["mid"], path.name)
+        if middle.shape[1] != rank or a[0, 0].numel() != 1:
+            raise DsireError(f"{path.name}: {shown(pair['mid'])} {list(middle.shape)} does not fit {list(a.shape)}")
+        a, rank = torch.einsum("ij...,jm->im...", middle, a.flatten(1)), middle.shape[0]
+    if b.flatten(1).shape[1] != rank:
+        one, other = f"{shown(pair['A'])} has rank {rank}", f"{shown(pair['B'])} has shape {list(b.shape)}"
+        raise DsireError(f"{path.name}: {one}, but {other}")
+    return a.flatten(1), b.flatten(1)
 
 
-def file_spectra(path: Path) -> Spectra:
-    """The spectra of one LoRA file: a single model, whose size is what the file itself states (0 if it doesn't).
+# ---------------------------------------------------------------------------------------------------------------------
+# Every other fine-tune: the spectrum of the change of each layer's weights
+
+LARGEST = 32  # singular values of a change that are kept, unless --rank says how many
+FOREIGN = 0.7  # of the norm of the base's weights: what has changed by more was never fine-tuned from them
+
+
+class Layer(NamedTuple):
+    """What is found of a layer: [out, in, rank] or [out, in]; matrix -> spectrum; and facts to be added up and said."""
+
+    shape: list[int]
+    spectra: dict[str, Tensor]
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that fine-tunes began as: its files, and for each layer the open file and key of its weights."""
+
+    files: list[Path]
+    layers: dict[str, tuple[Weights, str]]
+
+    @property
+    def identity(self) -> str:
+        """What changes with the files, for the keys of the cache."""
+        facts = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        return hashlib.sha256(json.dumps(facts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
+@contextmanager
+def open_base(item: str | None, cache: Path) -> Iterator[Base | None]:
+    """Open the base model that the user means, a file, folder or Hub repository; None if there is none.
+
+    Raises:
+        DsireError: there is none there, a file of it can't be read, or two of its files have the same layer.
+    """
+    if item is None:
+        yield None
+        return
+    place = located(item, cache)
+    found = visible_files(place, SAFE_ENDINGS) or visible_files(place, PICKLE_ENDINGS) if place.is_dir() else [place]
+    files = sorted({part for file in found for part in parts_of(file)})
+    layers: dict[str, tuple[Weights, str]] = {}
+    with ExitStack() as held:
+        for file in files:
+            weights = held.enter_context(open_weights(file))
+            network = f"{file.parent.name}." if place.is_dir() and file.parent != place else ""  # unet/, text_encoder/
+            its = {layer: (weights, key) for layer, key in weight_matrices(weights.keys, file.name, network).items()}
+            if twice := layers.keys() & its.keys():
+                raise DsireError(f"--base={item} holds layer {shown(min(twice))} in two files: name one of them")
+            layers |= its
+        if not layers:
+            raise DsireError(f"--base={item} holds no weight matrices of a model ({' '.join(WEIGHT_ENDINGS)})")
+        yield Base(files, layers)
+
+
+def model_layers(keys: list[str], file: str, base: Base | None) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model.
+
+    Raises:
+        NoLora: it is neither.
+    """
+    try:
+        return lora_layers(keys, file, strays=True)
+    except NoLora:
+        full = weight_matrices(keys, file)
+        if base is None or not full:
+            raise
+        if not full.keys() & base.layers.keys():
+            here, there = three_of(full), three_of(base.layers)
+            raise NoLora(f"{file} has no layer in common with the base: {here} here, {there} there") from None
+        return {layer: {"weight": key} for layer, key in full.items()}, []
+
+
+def base_weights(base: Base, layer: str, device: str) -> tuple[Tensor, torch.dtype]:
+    """W₀ of a layer, float64 in its own shape, and the type that it is stored in.
+
+    Raises:
+        DsireError: it is not a finite matrix.
+    """
+    weights, key = base.layers[layer]
+    stored = weights.tensor(key)
+    matrix = as_float64(stored, key, "the base").to(device)
+    if not matrix.isfinite().all():
+        raise DsireError(f"the base: {shown(key)} holds a NaN or an infinity: fetch it anew")
+    return matrix, stored.dtype
+
+
+def full_layer(path: Path, weights: Weights, layer: str, key: str, base: Base, count: int, device: str) -> Layer:
+    """The change W - W₀ of a layer of a full fine-tune.
+
+    Facts: whether it is "lacking" in the base, has "other shape" or is "unchanged" or "foreign"; and the squared norms
+    of the "change", and of that part of it that may be "rounding": it is no more than the last digit that is stored.
+    """
+    stored = weights.tensor(key)
+    if stored.ndim < 2 or not stored.is_floating_point():  # a norm, or numbers that are no weights
+        return Layer([], {}, {})
+    if layer not in base.layers:
+        return Layer([], {}, {"lacking": 1})
+    new = as_float64(stored, key, path.name).to(device)
+    old, old_type = base_weights(base, layer, device)
+    if new.shape != old.shape:
+        return Layer([], {}, {"other shape": 1})
+    if not new.isfinite().all():
+        raise DsireError(f"{path.name}: {shown(key)} holds a NaN or an infinity")
+    change = (new - old).flatten(1)
+    digit = max(torch.finfo(stored.dtype).eps, torch.finfo(old_type).eps) * torch.maximum(new.abs(), old.abs())
+    norm = float(torch.linalg.vector_norm(change))
+    rounding = float(torch.linalg.vector_norm(change * (change.abs() <= digit.flatten(1))))
+    facts = {"unchanged": norm == 0, "change": norm**2, "rounding": rounding**2}
+    facts["foreign"] = norm > FOREIGN * float(torch.linalg.vector_norm(old))
+    spectrum = matrix_spectrum(change, count) if norm else torch.zeros(min(count, *change.shape), dtype=torch.float64)
+    return Layer([*change.shape], {"BA": spectrum.cpu()}, facts)
+
+
+def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's change of the weights, m (W₀ + s B A) / |W₀ + s B A| - W₀ (Liu et al. 2024): [out, in].
+
+    Args:
+        old: W₀, flattened to [out, in].
+        magnitude: m, a number for each row, or, where its shape is [1, in], for each column.
+
+    Raises:
+        RuntimeError: the shapes do not fit.
+    """
+    merged = old + scale * b @ a
+    of_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and magnitude.numel() == old.shape[1]
+    m = magnitude.reshape(1, -1) if of_columns else magnitude.reshape(-1, 1).expand(len(old), 1)
+    change: Tensor = merged * (m / torch.linalg.vector_norm(merged, dim=0 if of_columns else 1, keepdim=True)) - old
+    return change
+
+
+def two_factors(parts: dict[str, Tensor], name: str, core: str) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in k k] of one of the matrices that LoHa and LoKr multiply; of Tucker's form, too."""
+    b, a = parts[f"{name}_a"], parts[f"{name}_b"]
+    if core in parts:
+        return b.mT, torch.einsum("ij...,jm->im...", parts[core], a).flatten(1)
+    return b.flatten(1), a.flatten(1)
+
+
+def loha_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor]:
+    """The shape [out, in] and spectrum of LoHa's change (B1 A1) ∘ (B2 A2), which is one product of rank r r."""
+    (b1, a1), (b2, a2) = (two_factors(parts, f"hada_w{number}", f"hada_t{number}") for number in (1, 2))
+    b, a = (b1[:, :, None] * b2[:, None]).flatten(1), (a1[:, None] * a2).flatten(0, 1)
+    return [len(b), a.shape[1]], product_spectrum(b, a, count)
+
+
+def lokr_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor]:
+    """The shape [out, in] and spectrum of LoKr's change W1 ⊗ W2, which has all products of their singular values."""
+    shape, spectrum = [1, 1], torch.ones(1, dtype=torch.float64)
+    for number in (1, 2):
+        if f"lokr_w{number}" in parts:
+            matrix = parts[f"lokr_w{number}"].flatten(1)
+            out, into, its = *matrix.shape, matrix_spectrum(matrix, min(matrix.shape))
+        else:
+            b, a = two_factors(parts, f"lokr_w{number}", f"lokr_t{number}")
+            out, into, its = len(b), a.shape[1], product_spectrum(b, a, len(a))
+        shape = [shape[0] * out, shape[1] * into]
+        spectrum = (spectrum[:, None] * its).flatten().sort(descending=True).values
+    return shape, spectrum[:count]
+
+
+def adapter_layer(
+    path: Path, weights: Weights, layer: str, pair: dict[str, str], settings: Any, base: Base | None, count: int
+) -> Layer:
+    """The spectra of a layer of LoRA, DoRA, LoHa or LoKr.
+
+    Facts: whether alpha is not stated ("unscaled") or "zero", and whether the change is zero ("unchanged").
+
+    Raises:
+        DsireError: the parts do not fit each other, or a weight is not finite.
+    """
+    method, keys = method_of(pair), ", ".join(shown(key) for key in pair.values())
+    spectra: dict[str, Tensor] = {}
+    try:
+        if "A" in pair:
+            a, b = lora_matrices(path, weights, pair)
+            scale, shape = scale_of(path, weights, pair, settings, len(a)), [len(b), a.shape[1], len(a)]
+            spectra["A"], spectra["B"], product = lora_spectra(a, b)
+            if method == "LoRA":
+                spectra["BA"] = product * abs(scale)
+            elif base and layer in base.layers:
+                magnitude = read_tensor(weights, pair["magnitude"], path.name, 1)
+                old = base_weights(base, layer, "cpu")[0].flatten(1)
+                spectra["BA"] = matrix_spectrum(dora_change(b, a, scale, old, magnitude), count)
+        else:
+            if "magnitude" in pair:
+                raise DsireError(f"{path.name}: {keys} are a {method} with DoRA's magnitudes{MERGE_IT}")
+            parts = {part: read_tensor(weights, key, path.name) for part, key in pair.items() if part != "alpha"}
+            ranks = {len(parts[part]) for part in parts if part.endswith("_b")}
+            scale = scale_of(path, weights, pair, settings, max(ranks, default=None))
+            of_method = loha_change if method == "LoHa" else lokr_change
+            shape, change = of_method(parts, count)
+            spectra["BA"] = change * abs(scale)
+        if not all(spectrum.isfinite().all() for spectrum in spectra.values()):
+            raise FloatingPointError
+    except FloatingPointError:
+        raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
+    except RuntimeError as error:
+        raise DsireError(f"{path.name}: {keys} do not fit each other ({shown(error)})") from error
+    stated = "alpha" in pair or "lora_alpha" in settings_of(pair, settings)[0]
+    unchanged = not spectra["BA" if "BA" in spectra else "B"].any()
+    return Layer(shape, spectra, {"unscaled": not stated, "zero": scale == 0, "unchanged": unchanged and scale != 0})
+
+
+def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
+    """The spectra of one file: a single model, whose size is what the file itself states (0 if it doesn't).
 
     A layer that began as a part of the base model's weights (PiSSA and the like) is another layer than one that did
     not, so it bears the method in its name: it can only be judged by models that began in the same way.
 
+    Args:
+        base: the model that it was fine-tuned from, without which full models and DoRA's changes can't be judged.
+        count: how many singular values of a change of the weights are kept.
+
     Raises:
-        DsireError: the file can't be read, is not plain LoRA, or holds weights that are not finite.
+        DsireError: the file can't be read, is no fine-tune of the base, or holds weights that are not finite.
     """
-    spectra, shapes, named, inits = {}, {}, {}, set()
-    unscaled = zero = untrained = 0
-    with open_model(path) as weights, one_thread_each():
-        layers, others = lora_layers(weights.keys, path.name, strays=True)
+    with open_model(path) as weights:
+        pairs, others = model_layers(weights.keys, path.name, base)
         settings = lora_settings(path, weights.header)
-        for layer, a, b, scale in lora_matrices(path, weights):
-            pair = layers[layer]
-            try:
-                single_a, single_b, product = lora_spectra(a, b)
-                if not (product * scale).isfinite().all():
-                    raise FloatingPointError
-            except FloatingPointError:
-                keys = ", ".join(shown(key) for key in pair.values())
-                raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
-            own, _ = settings_of(pair, settings)
-            unscaled += "alpha" not in pair and "lora_alpha" not in own
-            zero += scale == 0
-            untrained += not product.any()
-            init = own.get("init_lora_weights")
-            if init not in PLAIN_INITS:
-                init = shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
-                inits.add(init)
-                layer += f" ({init})"
-            named[layer] = pair
-            spectra[layer] = {"A": single_a, "B": single_b, "BA": product * abs(scale)}
-            shapes[layer] = [b.shape[0], a.shape[1], a.shape[0]]
+
+        def layer_of(layer: str) -> Layer:
+            pair = pairs[layer]
+            if "weight" in pair and base:
+                return full_layer(path, weights, layer, pair["weight"], base, count, device)
+            return adapter_layer(path, weights, layer, pair, settings, base, count)
+
+        layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], None if base else 1), strict=True))
+        inits = {layer: uncommon_init(settings_of(pair, settings)[0]) for layer, pair in pairs.items() if "A" in pair}
         stated, recipes = stated_size(weights.header), stated_recipe(weights.header)
-    notes = [
+    found = {layer: its for layer, its in layers.items() if its.spectra}
+    changed = {layer: its for layer, its in found.items() if "weight" not in pairs[layer] or not its.facts["unchanged"]}
+    found = changed or found
+    if not found:
+        raise DsireError(f"{path.name} has no matrix of the base's shape: {three_of(pairs)} here")
+    notes, first = about_layers(pairs, layers, others, path.name)
+    notes += [
         f"init_lora_weights is {init}: BA is not the change of the weights, only models that began so are comparable"
-        for init in sorted(inits)
+        for init in sorted({*inits.values()} - {""})
     ]
-    lone = [key for key in others if len(key) <= 1000 and MATRIX_KEY.fullmatch(key)]
-    if lone:
-        notes.append(f"{len(lone)} tensors without a partner are left out, such as {shown(lone[0])}")
-    if len(others) > len(lone):
-        count = len(others) - len(lone)
-        notes.append(f"{count} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
-    if any("magnitude" in pair for pair in layers.values()):
-        notes.append("DoRA: the magnitude vectors are set aside, only A and B are judged")
-    if unscaled:
-        which = f" of {unscaled} of its {len(layers)} layers" if unscaled < len(layers) else ""
-        notes.append(f"the file does not state alpha{which}: BA is taken with scale 1")
-    if zero:
-        notes.append(f"alpha is 0 in {zero} of {len(layers)} layers: their BA counts as zero")
-    if untrained:
-        notes.append(UNTRAINED if untrained == len(layers) else f"BA is zero in {untrained} of {len(layers)} layers")
     if stated:
         notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
-    rank = max(shape[2] for shape in shapes.values())
-    voters = voters_of(named)
+    names = {layer: f"{layer} ({inits[layer]})" if inits.get(layer) else layer for layer in found}
+    spectra = {names[layer]: its.spectra for layer, its in found.items()}
+    parts = {layer: [part for part in (*pairs[layer], "BA") if part in its.spectra] for layer, its in found.items()}
+    voters = voters_of({names[layer]: its for layer, its in parts.items()})
     rows = [spectra[voter.layer][voter.matrix] for voter in voters]
-    values = torch.stack([of_rank(row, rank) for row in rows])[:, None]
-    sizes = torch.tensor([stated[0] if stated else 0])
-    return Spectra(values, sizes, [str(path)], voters, shapes, notes, recipes)
+    width = max(map(len, rows))
+    return Spectra(
+        values=torch.stack([of_rank(row, width) for row in rows])[:, None],
+        sizes=torch.tensor([stated[0] if stated else 0]),
+        names=[str(path)],
+        voters=voters,
+        shapes={names[layer]: its.shape for layer, its in found.items()},
+        notes=notes,
+        recipes=recipes,
+        method=methods_of(pairs),
+        first=first,
+    )
+
+
+def about_layers(
+    pairs: dict[str, dict[str, str]], layers: dict[str, Layer], others: list[str], file: str
+) -> tuple[list[str], list[str]]:
+    """What is to be said of a file's layers, by their facts: notes, and what has to be known before an estimate.
+
+    Args:
+        others: keys of what is no part of a layer.
+
+    Raises:
+        DsireError: the model is no fine-tune of the base.
+    """
+
+    def total(fact: str) -> float:
+        return sum(layer.facts.get(fact, 0) for layer in layers.values())
+
+    judged = sum(bool(layer.spectra) for layer in layers.values())
+    if 2 * total("foreign") > judged:
+        raise DsireError(
+            f"{file} is no fine-tune of this base: most of its weights differ by over {FOREIGN:.0%} of theirs"
+        )
+    unscaled, zero, unchanged = (int(total(fact)) for fact in ("unscaled", "zero", "unchanged"))
+    lone = [key for key in others if len(key) <= 1000 and MATRIX_KEY.fullmatch(key)]
+    notes, rest = [], [key for key in others if key not in set(lone)]
+    if lone:
+        notes.append(f"{len(lone)} tensors without a partner are left out, such as {shown(lone[0])}")
+    if rest:
+        notes.append(f"{len(rest)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
+    for fact, what in (("lacking", "are not in the base"), ("other shape", "have another shape in the base")):
+        if total(fact):
+            some = three_of(layer for layer, its in layers.items() if its.facts.get(fact))
+            notes.append(f"{total(fact):g} layers {what}, such as {some}")
+    if any("magnitude" in pair and "BA" not in layers[layer].spectra for layer, pair in pairs.items()):
+        notes.append(MAGNITUDES)
+    if unscaled:
+        which = f" of {unscaled} of its {judged} layers" if unscaled < judged else ""
+        notes.append(f"the file does not state alpha{which}: BA is taken with scale 1")
+    if zero:
+        notes.append(f"alpha is 0 in {zero} of {judged} layers: their BA counts as zero")
+    if 0 < unchanged < judged:
+        notes.append(f"the change of the weights is zero in {unchanged} of {judged} layers")
+    if total("rounding") > total("change") / 2 > 0:
+        notes.append("most of the change of the weights is no larger than the last digit that they are stored with")
+    return notes, [UNTRAINED] if unchanged == judged else []
+
+
+def uncommon_init(settings: dict[str, Any]) -> str:
+    """How A and B began, if BA is not the change of the weights then; else ""."""
+    init = settings.get("init_lora_weights")
+    return "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
 
 
 # kohya's entries about how a model was trained; numbers are compared as numbers
@@ -2307,8 +2673,11 @@ def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
     )
 
 
-def holds_no_lora(path: Path) -> bool:
-    """Whether a file is known to be of something else; what is wrong with a LoRA is said when it is judged."""
+def holds_no_lora(path: Path, base: Base | None = None) -> bool:
+    """Whether a file is known to be of something else; what is wrong with a LoRA is said when it is judged.
+
+    Given a base, models that were fine-tuned from it are judged, too.
+    """
     if path.suffix.lower() in PICKLE_ENDINGS and TRAINERS.match(path.name):
         return True
     try:
@@ -2319,26 +2688,28 @@ def holds_no_lora(path: Path) -> bool:
                 lora_layers(pq.read_schema(path).names, path.name)
             return False
         with open_model(path) as weights:
-            layers, _ = lora_layers(weights.keys, path.name)
+            layers, _ = model_layers(weights.keys, path.name, base)
             # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
-            return not any(weights.tensor(pair["A"]).numel() for pair in layers.values())
+            return not any(weights.tensor(next(iter(pair.values()))).numel() for pair in layers.values())
     except NoLora:
         return True
     except DsireError:
         return False
 
 
-def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], list[str]]:
     """The LoRA files below a folder, sorted, and notes of what is left out; of shards of one model, the first one.
 
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
+    Given a base, models that were fine-tuned from it are found, too, and the base's own files are left out.
     """
-    visible = visible_files(folder, WEIGHT_ENDINGS)
+    of_base = {file.resolve() for file in base.files} if base else set()
+    visible = [path for path in visible_files(folder, WEIGHT_ENDINGS) if path.resolve() not in of_base]
     found = {next((part for part in parts_of(path) if part.is_file()), path) for path in visible}
     pickles = {path for path in found if path.suffix.lower() in PICKLE_ENDINGS}
-    loras = {path for path in found - pickles if not holds_no_lora(path)}
+    loras = {path for path in found - pickles if not holds_no_lora(path, base)}
     beside = {path for path in pickles if path.parent in {lora.parent for lora in loras}}
-    loras |= {path for path in pickles - beside if not holds_no_lora(path)}
+    loras |= {path for path in pickles - beside if not holds_no_lora(path, base)}
     others = sorted(found - loras - beside)
     notes = [f"{counted(len(beside), 'pickle')} beside safetensors in {folder} left out"] if beside else []
     if others:
@@ -2376,8 +2747,13 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-def find_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> tuple[Source, list[str]]:
+def find_source(
+    dataset: str, subset: str | None, revision: str | None, cache: Path, base: Base | None = None
+) -> tuple[Source, list[str]]:
     """The files of a subset in a folder or on the Hub, and what is to be said of them.
+
+    Args:
+        base: what models in files were fine-tuned from.
 
     Raises:
         DsireError: no such dataset or subset, or the Hub can't be reached and nothing is known of it.
@@ -2386,7 +2762,7 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
     if os.path.isdir(folder):
         if revision is not None:
             raise DsireError(f"--revision is of a dataset on the Hub, and {folder} is a folder: leave it out")
-        return folder_source(folder, subset), []
+        return folder_source(folder, subset, base), []
     if os.path.exists(folder):
         raise DsireError(f"--dataset={dataset} is a file: give the folder that holds it")
     if folder.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") != 1:
@@ -2399,7 +2775,7 @@ def path_of(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def folder_source(folder: Path, subset: str | None) -> Source:
+def folder_source(folder: Path, subset: str | None, base: Base | None = None) -> Source:
     """The parquet files of a subset in a folder; or a folder of LoRA files as a subset of its own.
 
     Its metadata.csv decides which files are read. Without one, LoRA files may lie beside the parquet of their images.
@@ -2410,8 +2786,9 @@ def folder_source(folder: Path, subset: str | None) -> Source:
     if labels is not None or not parquet or (loras and subset is None and all(map(holds_no_lora, parquet))):
         if subset is not None:
             raise DsireError(f"--subset={subset}: {folder} holds LoRA files, which have no subsets; leave it out")
-        files, notes = weight_files(folder) if labels is None else (sorted(labels), [])
-        unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & {*files}]
+        files, notes = weight_files(folder, base) if labels is None else (sorted(labels), [])
+        listed = {*files, *(file.absolute() for file in (base.files if base else []))}
+        unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & listed]
         if labels is not None and unlisted:
             such = shown(unlisted[0].relative_to(folder).as_posix())
             notes.append(f"left out, as not in metadata.csv: {counted(len(unlisted), 'file')}, such as {such}")
@@ -2423,7 +2800,8 @@ def folder_source(folder: Path, subset: str | None) -> Source:
             raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
         if parquet:
             notes.append(f"left out, as LoRA files decide: {counted(len(parquet), 'parquet file')} in {folder}")
-        return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file) for file in files], notes)
+        shards = [shard_on_disk(file, base) for file in files]
+        return Source(str(folder), folder.resolve().name, "", shards, notes)
     notes = []
     if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
         files = sorted((folder / subset.replace("_", "/")).glob("*.parquet"))
@@ -2435,7 +2813,7 @@ def folder_source(folder: Path, subset: str | None) -> Source:
     return Source(str(folder), subset, "", [shard_on_disk(file) for file in files], notes)
 
 
-def shard_on_disk(file: Path) -> Shard:
+def shard_on_disk(file: Path, base: Base | None = None) -> Shard:
     """The file as a shard; what decides its spectra is in the etag.
 
     Raises:
@@ -2445,6 +2823,7 @@ def shard_on_disk(file: Path) -> Shard:
         raise DsireError(f"{file} is a link to a file that is not there")
     parts = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
     etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
+    etag += f"-base-{base.identity}" if base else ""
     return Shard(str(file.absolute()), file.stat().st_size, etag)
 
 
@@ -2742,7 +3121,8 @@ def spectra_file(shard: Shard, rank: int, cache: Path) -> Path:
 def save_spectra(spectra: Spectra, shard: Shard, rank: int, cache: Path) -> None:
     from safetensors.torch import save
 
-    about = {name: getattr(spectra, name) for name in ("voters", "names", "shapes", "notes", "recipes")}
+    facts = ("voters", "names", "shapes", "notes", "recipes", "method", "first")
+    about = {name: getattr(spectra, name) for name in facts}
     header = {"key": cache_key(shard, rank), "about": json.dumps(about)}
     content = save({"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}, header)
     write_whole(spectra_file(shard, rank, cache), content)
@@ -2850,6 +3230,7 @@ def subset_spectra(
     device: str = "cpu",
     keep_shards: bool = False,
     process: Process = Process(),  # noqa: B008 (it can't be changed)
+    base: Base | None = None,
 ) -> Spectra:
     """The spectra of a whole subset: from the cache, and for the shards that it lacks from their parquet.
 
@@ -2861,7 +3242,7 @@ def subset_spectra(
         KeyboardInterrupt: Ctrl-C; its message says how far the run came.
     """
     if source.shards[0].is_lora:
-        return folder_spectra(source, cache)
+        return folder_spectra(source, rank, cache, device, base)
     shards = source.shards
     found = {shard: load_spectra(shard, rank, cache) for shard in shards[process.rank :: process.of]}
     missing = [shard for shard, spectra in found.items() if spectra is None]
@@ -2917,8 +3298,8 @@ def about_file(error: DsireError, path: Path, name: str) -> str:
     return f"{shown(name)}: {text}"
 
 
-def folder_spectra(source: Source, cache: Path) -> Spectra:
-    """The spectra of a folder of LoRA files, on the layers that all of them have.
+def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu", base: Base | None = None) -> Spectra:
+    """The spectra of a folder of LoRA files, or of full models given their base, on the layers that all of them have.
 
     Sizes and micro-datasets come from the folder's metadata.csv (file_name,label,name), or else from the files. Files
     whose micro-dataset isn't named share it with the other epochs of their training.
@@ -2931,15 +3312,16 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
 
     def computed(shard: Shard) -> Spectra | DsireError:
         try:
-            spectra = file_spectra(Path(shard.file))
+            spectra = file_spectra(Path(shard.file), base, count, device)
         except DsireError as error:
             return error
-        save_spectra(spectra, shard, 0, cache)
+        save_spectra(spectra, shard, count, cache)
         return spectra
 
-    found: dict[Shard, Any] = {shard: load_spectra(shard, 0, cache) for shard in source.shards}
+    found: dict[Shard, Any] = {shard: load_spectra(shard, count, cache) for shard in source.shards}
     missing = [shard for shard, file in found.items() if file is None]
-    found |= dict(zip(missing, in_parallel(computed, missing, unit="file" if missing else ""), strict=True))
+    at_once = 1 if base else None  # given a base, the layers of a file are computed in parallel
+    found |= dict(zip(missing, in_parallel(computed, missing, at_once, "file" if missing else ""), strict=True))
     known, trainings, notes = [], [], []
     for shard, file in found.items():
         path = Path(shard.file)
@@ -2951,7 +3333,7 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
             continue
         stated = (int(file.sizes[0]), "", *file.recipes)
         size, micro_dataset, *recipe = labels[path] if labels is not None else stated
-        notes += [(name, note) for note in file.notes]
+        notes += [(name, note) for note in (*file.first, *file.notes)]
         if size:
             trainings += [] if micro_dataset else [training_of(path, name)]
             names = [micro_dataset or trainings[-1]]
@@ -2962,10 +3344,16 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
         advice = f"write {folder / 'metadata.csv'} with file_name,label,name"
         raise DsireError("; ".join([f"no file in {folder} has a size: {advice}", *source.notes]))
     shapes = [file.shapes for file in known]
-    common = [layer for layer, shape in shapes[0].items() if all(other.get(layer) == shape for other in shapes)]
-    if not common:
+    common = {
+        layer: min((other[layer] for other in shapes), key=len)
+        for layer, shape in shapes[0].items()
+        if all(same_shape(other.get(layer, []), shape) for other in shapes)
+    }
+    of_all = set(known[0].voters).intersection(*(file.voters for file in known))
+    voters = [voter for voter in known[0].voters if voter in of_all and voter.layer in common]
+    if not voters:
         raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
-    dropped = {layer for its_shapes in shapes for layer in its_shapes} - set(common)
+    dropped = {layer for its_shapes in shapes for layer in its_shapes} - common.keys()
     said = together(notes)
     if dropped:
         said.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
@@ -2974,17 +3362,22 @@ def folder_spectra(source: Source, cache: Path) -> Spectra:
             f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv: each training is "
             "a micro-dataset of its own, and nothing says which of them share images"
         )
-    voters = [voter for voter in known[0].voters if voter.layer in set(common)]
-    rank = max(shapes[0][layer][2] for layer in common)
+    methods = {file.method: file for file in known}
+    if len(methods) > 1:
+        some = ", ".join(f"{method} ({shown(file.names[0])})" for method, file in methods.items())
+        said.append(f"several methods, compared by {matrices_of(voters)} alone: {some}")
+    spectra = [file.of_voters(voters).values for file in known]
+    width = (max if len(methods) == 1 else min)(its[..., its.any(1).any(0)].shape[-1] for its in spectra)
     return Spectra(
-        torch.cat([of_rank(file.of_voters(voters).values, rank) for file in known], dim=1),
+        torch.cat([of_rank(its, max(1, width)) for its in spectra], dim=1),
         torch.cat([file.sizes for file in known]),
         [name for file in known for name in file.names],
         voters,
-        {layer: shapes[0][layer] for layer in common},
+        common,
         said,
         [recipe for file in known for recipe in file.recipes],
         recipes_stated=labels is None,
+        method=" or ".join(sorted(methods)),
     )
 
 
@@ -3057,36 +3450,44 @@ def plain_name(name: str) -> str:
     return unicodedata.normalize("NFC", Path(name.replace("\\", "/")).as_posix())
 
 
-def files_to_predict(item: str, cache: Path) -> tuple[list[Path], list[str]]:
+def located(item: str, cache: Path) -> Path:
+    """The file or folder on disk that the user means: a path, or a Hub repository or a file in it (user/name:file).
+
+    Raises:
+        DsireError: there is nothing there.
+    """
+    path = path_of(item)
+    if item and os.path.exists(path):
+        return path
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", item)
+    if not match or match[1].endswith(WEIGHT_ENDINGS):
+        raise DsireError(absent(item))
+    repository, name = match[1], match[2]
+    what = item if name else f"{absent(item)} here; on the Hub, {item}"
+    place = cache / "hub"
+    patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
+
+    def download(api: Any) -> Path:
+        if name:
+            return Path(api.hf_hub_download(repository, name, cache_dir=place))
+        return Path(api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns))
+
+    with disk_errors(place):
+        return ask_hub(what, download, download=True)
+
+
+def files_to_predict(item: str, cache: Path, base: Base | None = None) -> tuple[list[Path], list[str]]:
     """The weight files that the user means (a file, those of a folder, or of a Hub repository), and what is left out.
 
     Raises:
         DsireError: there is no such file, folder or repository, or no weight file in it.
     """
-    path = path_of(item)
-    if item and os.path.isfile(path):
+    path = located(item, cache)
+    if path.is_file():
         return [path], []
-    here = bool(item) and os.path.exists(path)
-    if not here:
-        match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", item)
-        if not match or match[1].endswith(WEIGHT_ENDINGS):
-            raise DsireError(absent(item))
-        repository, name = match[1], match[2]
-        what = item if name else f"{absent(item)} here; on the Hub, {item}"
-        place = cache / "hub"
-        patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
-        with disk_errors(place):
-            if name:
-                file = ask_hub(what, lambda api: api.hf_hub_download(repository, name, cache_dir=place), download=True)
-                return [Path(file)], []
-            path = Path(
-                ask_hub(
-                    what, lambda api: api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns), True
-                )
-            )
-    files, notes = weight_files(path)
+    files, notes = weight_files(path, base)
     if not files:
-        hint = "" if here else "; name a pickle as user/name:file.bin"
+        hint = "" if path == path_of(item) else "; name a pickle as user/name:file.bin"
         what = "; ".join([f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}", *notes])
         raise DsireError(what)
     return files, notes
@@ -3122,7 +3523,7 @@ def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
         DsireError: neither says it.
     """
     if source.shards[0].is_lora:
-        return 0, []  # such files say it themselves, layer by layer
+        return rank or LARGEST, []  # LoRA says it itself, layer by layer; of a change of the weights it is a choice
     match = re.fullmatch(r"(?:low|medium|high|recipes|rank|r)_(\d+)(_\d+)?", source.subset)
     named = int(match[1]) if match else 0
     if rank and named and rank != named:
@@ -3140,9 +3541,10 @@ def describe(spectra: Spectra, settings: dict[str, Any], notes: list[str], *more
     """What the labelled models are, and what is to be said of them."""
     sizes = " ".join(str(size) for size in spectra.sizes.unique().tolist())
     kind = kind_of_model({voter.layer: spectra.shapes[voter.layer] for voter in spectra.voters})
+    of_method = "matrices " if spectra.method == "LoRA" else f"{spectra.method}, matrices "
     return [
         f"{settings['subset']}: {len(spectra.names)} models, {spectra.count} micro-datasets, sizes {sizes}",
-        f"{kind}; matrices {' '.join(settings['matrices'])}, so {len(spectra.voters)} voters",
+        f"{kind}; {of_method}{matrices_of(spectra.voters)}, so {len(spectra.voters)} voters",
         *more,
         *(f"note: {note}" for note in notes),
     ]
@@ -3516,6 +3918,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--predict", nargs="+", metavar="LORA", help="estimate for these files, folders or Hub repositories instead")
     add("--confidence", type=between_0_and_1, help="of the set of sizes that --predict names (0.9)")
     add("--leave_out", "--leave-out", choices=("name", "recipe"), default="name", help="what --predict judges by")
+    add("--base", help="the model that full fine-tunes in files began as: a file, folder or Hub repository")
     add("--output", type=output_folder, help="folder for report.json, and predictions.csv or estimates.csv")
     return parser
 
@@ -3555,12 +3958,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset is None:
         ships = os.path.isdir(SHIPPED / arguments.subset.replace("_", "/"))
         arguments.dataset = str(SHIPPED) if ships else LORA_WISE
+    with open_base(arguments.base, arguments.cache_dir) as base:
+        return run_on(arguments, base, notes)
+
+
+def run_on(arguments: argparse.Namespace, base: Base | None, notes: list[str]) -> int:
+    """`run`, given the base model; `notes` are to be said in the report."""
     process, cache = Process.join(), arguments.cache_dir
     asked: list[Path] = []
     refused: dict[str, str] = {}
     for item in arguments.predict or [] if process.rank == 0 else []:  # before a subset is fetched for nothing
         try:
-            files, left_out = files_to_predict(item, cache)
+            files, left_out = files_to_predict(item, cache, base)
             asked += files
             notes += left_out
         except DsireError as error:
@@ -3571,19 +3980,23 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if process.rank:  # the first process asks the Hub, or says what is wrong
         process.wait_for_others()
-    source, said = find_source(arguments.dataset, arguments.subset, arguments.revision, cache)
+    source, said = find_source(arguments.dataset, arguments.subset, arguments.revision, cache, base)
+    if base and not arguments.predict and not source.shards[0].is_lora:
+        raise DsireError("--base is what models in files were fine-tuned from; this is parquet: leave it out")
     if not process.rank:
         process.wait_for_others()
     elif source.shards[0].is_lora:
         return 0  # such a folder is not worth sharing
     rank, about_rank = rank_of(source, arguments.rank)
-    spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards, process)
+    spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards, process, base)
     if process.rank:
         return 0  # the first process evaluates
-    if arguments.rank and arguments.rank != spectra.values.shape[-1]:
+    if arguments.rank and arguments.rank != spectra.values.shape[-1] and "A" in matrices_of(spectra.voters):
         raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {spectra.values.shape[-1]}")
     notes += said + about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
-    spectra = spectra.of_matrices(arguments.matrices)
+    there, spectra = matrices_of(spectra.voters), spectra.of_matrices(arguments.matrices)
+    if not spectra.voters:
+        raise DsireError(f"--matrices {' '.join(arguments.matrices)}: of a {spectra.method} there is only {there}")
     spectra = replace(spectra, values=spectra.values.to(device))
     settings = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
@@ -3593,7 +4006,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     try:
         if arguments.predict:
-            return 0 if predict(arguments, spectra, asked, settings, notes, refused) else 2
+            return 0 if predict(arguments, spectra, asked, settings, notes, refused, base) else 2
         report(arguments, spectra, settings, notes)
         return 0
     except KeyboardInterrupt:
@@ -3647,11 +4060,13 @@ def predict(
     settings: dict[str, Any],
     notes: list[str],
     refused: dict[str, str],
+    base: Base | None,
 ) -> bool:
     """An estimate for each file that can be read, and an error for each that can't; True if all could be.
 
     Args:
         refused: what the user named and could not be had, and why.
+        base: what files may be fine-tunes of.
     """
     by_recipe = arguments.leave_out == "recipe"
     units, unit = (fitted.of_recipe, "recipe") if by_recipe else (fitted.micro_datasets, "micro-dataset")
@@ -3660,17 +4075,19 @@ def predict(
             "--leave_out=recipe needs labelled models of two recipes: a column `recipe` says which is which"
         )
     notes = notes + what_can_be_supported(fitted.sizes, units, arguments.confidence, unit)
-    alike: dict[tuple[Voter, ...], list[Spectra]] = {}  # files with the same layers are judged together
+    alike: dict[tuple[Any, ...], list[Spectra]] = {}  # files with the same layers are judged together
+    width, device = fitted.values.shape[-1], settings["device"]
     judged: list[tuple[Estimate, Spectra, Spectra]] = []
     for path in paths:
         try:
-            file = matched(file_spectra(path), fitted)
-            alike.setdefault(tuple(file.voters), []).append(file)
+            file = matched(file_spectra(path, base, max(LARGEST, width), device), fitted)
+            alike.setdefault((file.values.shape[-1], *file.voters), []).append(file)
         except DsireError as error:
             refused[str(path)] = about_file(error, path, str(path))
             print_error(DsireError(refused[str(path)]))
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
+        known = replace(known, values=of_rank(known.values, files[0].values.shape[-1]))
         its = estimates(known, files, arguments.predictor, arguments.confidence, by_recipe)
         judged += [(estimate, known, file) for estimate, file in zip(its, files, strict=True)]
     order = {str(path): number for number, path in enumerate(paths)}

@@ -3,13 +3,16 @@
     python tests/make_tiny_wise.py --subset low_4      # sizes 1 2 3 4 5 6
     python tests/make_tiny_wise.py --subset medium_4   # sizes 1 10 20 30 40 50
     python tests/make_tiny_wise.py --subset recipes_4  # sizes 1 2 3 4 5 6, under seven recipes
+    python tests/make_tiny_wise.py --subset full       # sizes 1 2 3 4 5 6, no LoRA: all of the weights
+    python tests/make_tiny_wise.py --subset loha       # sizes 1 2 3 4 5 6, LoHa
 
 A small diffusion UNet is trained on scikit-learn's digits (8 x 8 grey images). Then LoRA (rank 4) is fine-tuned on the
 query, key, value and output projections of every attention, once for each (micro-dataset, size): the recipe of the
 paper (Section 4) in small. In `recipes_4`, sets of images that `low_4` lacks are trained on by its recipe and by six
-others. A run that is stopped goes on where it was. `--pilot` makes the subset on which choices were made (the recipe;
-for `recipes_4`, the constants of checks), in the work folder: no shipped model of `low_4` or `recipes_4` has seen its
-images.
+others. In `full` the projections themselves are trained, and in `loha` a LoHa of PEFT's beside them; these two are
+folders of files, `full` with the base model. A run that is stopped goes on where it was. `--pilot` makes the subset on
+which choices were made (the recipe; for `recipes_4`, the constants of checks), in the work folder: no shipped model but
+those of `medium_4` has seen its images.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -52,9 +55,23 @@ class Recipe:
 
 
 RANK = 4
-SIZES = {"low_4": [1, 2, 3, 4, 5, 6], "medium_4": [1, 10, 20, 30, 40, 50], "recipes_4": [1, 2, 3, 4, 5, 6]}
-MICRO_DATASETS = {"low_4": range(40), "medium_4": range(20), "recipes_4": range(60, 70)}  # of numbered hands
-PILOT_MICRO_DATASETS = {"low_4": range(40, 60), "medium_4": range(10), "recipes_4": range(72, 80)}
+LOHA_RANK = 2
+FEW = [1, 2, 3, 4, 5, 6]
+SIZES = {"low_4": FEW, "medium_4": [1, 10, 20, 30, 40, 50], "recipes_4": FEW, "full": FEW, "loha": FEW}
+MICRO_DATASETS = {  # of numbered hands
+    "low_4": range(40),
+    "medium_4": range(20),
+    "recipes_4": range(60, 70),
+    "full": range(80, 100),
+    "loha": range(80, 86),
+}
+PILOT_MICRO_DATASETS = {
+    "low_4": range(40, 60),
+    "medium_4": range(10),
+    "recipes_4": range(72, 80),
+    "full": range(100, 108),
+    "loha": range(100, 104),
+}
 BASE_IMAGES, FINE_TUNE_IMAGES = 74, 100  # of each digit, for the base model and then for fine-tunes
 BASE_STEPS, BASE_BATCH, BASE_LEARNING_RATE = 4000, 64, 1e-3
 TOKENS, WIDTH = 4, 32  # the condition of a digit: learned tokens (from one alone, attn2's to_q and to_k learn nothing)
@@ -71,12 +88,15 @@ RECIPES = {
         "batch x 4": Recipe(batch=USUAL.batch * 4),
         "decay": Recipe(decay=True),
     },
+    "full": {"": Recipe(learning_rate=1e-4)},
+    "loha": {"": Recipe(learning_rate=5e-3)},
 }
+FILES = ("full", "loha")  # subsets that are folders of files, not parquet
 WEIGHT_DECAY = 1e-2
 DRAWS = 8  # of noise for each image of a step: 64 numbers, not the 16,384 of a latent, would leave a gradient noisy
 SEED = 0
 AT_ONCE = 8  # fine-tunes in one process
-PILOT_SEED = {"low_4": SEED, "medium_4": SEED, "recipes_4": 1}  # of fine-tunes
+PILOT_SEED = {"low_4": SEED, "medium_4": SEED, "recipes_4": 1, "full": 1, "loha": 1}  # of fine-tunes
 SHARD_MODELS = {"low_4": 48, "medium_4": 30, "recipes_4": 84}
 PRECISION = {"low_4": torch.float32, "medium_4": torch.float32, "recipes_4": torch.float16}  # half of it, half the file
 SCHEDULE = DDPMScheduler()
@@ -222,45 +242,64 @@ class Model(NamedTuple):
 
 
 class Together(torch.nn.Module):
-    """A linear layer with the LoRAs of several models, whose inputs stand one model after the other in the batch.
+    """A linear layer of several models, whose inputs stand one model after the other in the batch.
 
     Args:
         layer: the base model's.
-        a: A as it is at first, the same for all models: [r, in].
+        method: "full": each model has the layer's weights for its own; "loha": or a LoHa beside; else a LoRA.
+        first: a LoRA's A as it is at first, the same for all models, [r, in]; or LoHa's parts.
     """
 
-    def __init__(self, layer: torch.nn.Module, a: torch.Tensor, models: int) -> None:
+    def __init__(self, layer: torch.nn.Module, method: str, first: dict[str, torch.Tensor], models: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.a = torch.nn.Parameter(a.repeat(models, 1, 1))
-        self.b = torch.nn.Parameter(torch.zeros(models, layer.out_features, len(a)))
+        self.layer, self.method, self.models = layer, method, models
+        own = {"weight": layer.weight} if method == "full" else first
+        self.own = torch.nn.ParameterDict({name: tensor.detach().repeat(models, 1, 1) for name, tensor in own.items()})
+
+    def change(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to what the base model's layer says."""
+        own = self.own
+        if self.method == "full":
+            return x @ (own["weight"] - self.layer.weight).mT
+        if self.method == "loha":
+            return x @ ((own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])).mT
+        return x @ own["a"].mT @ own["b"].mT
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(len(self.a), -1, x.shape[-1])
-        return self.layer(x) + (rows @ self.a.mT @ self.b.mT).reshape(*x.shape[:-1], -1)
+        rows = x.reshape(self.models, -1, x.shape[-1])
+        return self.layer(x) + self.change(rows).reshape(*x.shape[:-1], -1)
 
 
-def first_weights(base: Path, seed: int) -> dict[str, torch.Tensor]:
-    """Layer -> A as PEFT draws it."""
+def first_weights(base: Path, seed: int, method: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Layer -> the parts of a LoRA or LoHa as PEFT draws them."""
     torch.manual_seed(seed)
     unet, _ = load_base(base)
     layers = adapted_layers(unet)
+    if method == "full":
+        return {layer: {} for layer in layers}
+    if method == "loha":
+        found = get_peft_model_state_dict(
+            get_peft_model(unet, LoHaConfig(r=LOHA_RANK, alpha=LOHA_RANK, target_modules=layers))
+        )
+        parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        return {layer: {part: found[f"base_model.model.{layer}.{part}"].clone() for part in parts} for layer in layers}
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
     found = get_peft_model_state_dict(unet)
-    return {layer: found[f"{layer}.lora_A.weight"].clone() for layer in layers}
+    names = {"a": "lora_A", "b": "lora_B"}
+    return {layer: {name: found[f"{layer}.{its}.weight"].clone() for name, its in names.items()} for layer in layers}
 
 
-def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int) -> None:
-    """A LoRA for each model, all trained at the same time: a network this small spends its time between operations.
+def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method: str) -> None:
+    """A LoRA, or what the method says, for each model, all trained at the same time.
 
-    They don't touch each other: every model has its own images, order of images and weights. The seed, and with it the
-    LoRA's first weights, the noise and the time steps, is the same for all.
+    A network this small spends its time between operations. The models don't touch each other: each has its own images,
+    order of images and weights. The seed, and with it the first weights, the noise and the time steps, is the same.
     """
     torch.set_num_threads(1)
-    first = first_weights(base, seed)
+    first = first_weights(base, seed, method)
     unet, conditions = load_base(base)
-    for layer, a in first.items():
-        unet.set_submodule(layer, Together(unet.get_submodule(layer), a, len(models)))
+    for layer, parts in first.items():
+        unet.set_submodule(layer, Together(unet.get_submodule(layer), method, parts, len(models)))
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.steps))
@@ -282,8 +321,13 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int) -> Non
     for number, model in enumerate(models):
         weights = {}
         for layer in first:
-            together, (a, b) = unet.get_submodule(layer), columns_of(layer)
-            weights |= {a: together.a[number], b: together.b[number]}
+            own = {part: its[number] for part, its in unet.get_submodule(layer).own.items()}
+            if method == "lora":
+                a, b = columns_of(layer)
+                weights |= {a: own["a"], b: own["b"]}
+            else:
+                weights |= {f"{layer}.{part}": tensor.half() for part, tensor in own.items()}
+                weights |= {f"{layer}.alpha": torch.tensor(float(LOHA_RANK))} if method == "loha" else {}
         save_whole(weights, model.path)
 
 
@@ -306,7 +350,8 @@ def fine_tune_all(subset: str, work: Path, pilot: bool, processes: int) -> list[
             models += its
             left = [model for model in its if not model.path.exists()]
             for start in range(0, len(left), AT_ONCE):
-                runs.append(pool.submit(fine_tune, base, left[start : start + AT_ONCE], how, seed))
+                method = subset if subset in FILES else "lora"
+                runs.append(pool.submit(fine_tune, base, left[start : start + AT_ONCE], how, seed, method))
         for run in tqdm(runs, desc=folder.name, mininterval=10):
             run.result()
     order = np.random.default_rng(SEED).permutation(len(models))  # LoRA-WiSE's rows are in no useful order either
@@ -343,6 +388,17 @@ def write_shards(subset: str, models: list[Model], folder: Path) -> None:
             use_dictionary=of_models,
             column_encoding={f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in matrices},
         )
+
+
+def write_folder(models: list[Model], folder: Path, base: Path | None) -> None:
+    """A folder of files with metadata.csv, and the base model beside them, as diffusers names its layers."""
+    rows = ["file_name,label,name"]
+    for model in sorted(models, key=lambda model: model.path.name):
+        save_whole(load_file(model.path), folder / model.path.name)
+        rows.append(f"{model.path.name},{model.size},{model.name}")
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    if base:
+        save_whole(load_base(base)[0].state_dict(), folder / "base.safetensors")
 
 
 def write_card(output: Path) -> None:
@@ -435,7 +491,7 @@ def write_examples(work: Path, output: Path) -> None:
         ("untrained", images[:3], digits[:3], Recipe(steps=0)),
     ):
         model = Model(len(its_images), name, "", output / f"{name}.safetensors", its_images, its_digits)
-        fine_tune(base, [model], recipe, SEED)
+        fine_tune(base, [model], recipe, SEED, "lora")
 
 
 def main() -> None:
@@ -452,6 +508,10 @@ def main() -> None:
         return
     output = arguments.work / "pilot" if arguments.pilot else arguments.output
     models = fine_tune_all(arguments.subset, arguments.work, arguments.pilot, arguments.processes)
+    if arguments.subset in FILES:
+        base = arguments.work / "base.safetensors" if arguments.subset == "full" else None
+        write_folder(models, output.parent / f"tiny_{arguments.subset}", base)
+        return
     write_shards(arguments.subset, models, output / arguments.subset.replace("_", "/"))
     write_card(output)
 

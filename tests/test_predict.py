@@ -402,7 +402,7 @@ def test_copies_among_the_labelled_models(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("micro_datasets", [1, 2])
 def test_what_is_far_beyond_a_few_labelled_models_is_said_first(tmp_path: Path, run: Run, micro_datasets: int) -> None:
-    """Of fewer than 19 no p-value can be 0.05, so none is needed: all norms are 1e6 times the labelled ones', or 1/1e6."""
+    """Of fewer than 19 no p-value can be 0.05, so none is needed: all norms are 1e6 times as large, or as small."""
     models = [(f"thing_{number:02d}", size) for number in range(micro_datasets) for size in SIZES]
     folder = write_own(tmp_path / "own", models)
     files = []
