@@ -2703,8 +2703,8 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
     Given a base, models that were fine-tuned from it are found, too, and the base's own files are left out.
     """
-    of_base = {file.resolve() for file in base.files} if base else set()
-    visible = [path for path in visible_files(folder, WEIGHT_ENDINGS) if path.resolve() not in of_base]
+    of_base = {os.path.realpath(file) for file in base.files} if base else set()
+    visible = [path for path in visible_files(folder, WEIGHT_ENDINGS) if os.path.realpath(path) not in of_base]
     found = {next((part for part in parts_of(path) if part.is_file()), path) for path in visible}
     pickles = {path for path in found if path.suffix.lower() in PICKLE_ENDINGS}
     loras = {path for path in found - pickles if not holds_no_lora(path, base)}

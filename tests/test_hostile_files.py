@@ -428,7 +428,7 @@ def test_keys_that_would_take_for_ever_to_match(key: str, tmp_path: Path) -> Non
         {"lora_alpha": 4, "alpha_pattern": {"a{99999999999999999999}": 3}},
         {"lora_alpha": 4, "alpha_pattern": {"(?P<x>a)(?P<x>b)": 3}},
         {"peft_type": ["LORA"]},
-        {"peft_type": "LOHA"},
+        {"peft_type": "OFT"},
         {"peft_type": "x\n\x1b[2J"},
     ],
     ids=lambda config: str(config)[:50],
@@ -437,7 +437,7 @@ def test_a_config_that_makes_no_sense(config: Any, tmp_path: Path) -> None:
     refused(adapter(tmp_path / "saved", config))
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"lora_alpha": "four"}', '{"peft_type": "LOHA"}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"lora_alpha": "four"}', '{"peft_type": "OFT"}'])
 def test_a_config_in_the_header_that_makes_no_sense(text: str, tmp_path: Path) -> None:
     tensors = {f"x.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}
     refused(write(tmp_path / "header.safetensors", tensors, {"lora_adapter_metadata": text}))

@@ -800,9 +800,9 @@ def test_a_second_run_reads_the_cache_and_a_changed_file_anew(
     read: list[str] = []
     plain = dsire.file_spectra
 
-    def counting(path: Path) -> dsire.Spectra:
+    def counting(path: Path, *options: Any) -> dsire.Spectra:
         read.append(path.name)
-        return plain(path)
+        return plain(path, *options)
 
     monkeypatch.setattr(dsire, "file_spectra", counting)
     options = ["--dataset", own, "--train_size=3", "--experiments=1"]

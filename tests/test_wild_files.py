@@ -528,7 +528,7 @@ def test_the_subset_in_use_is_not_advised(widths: tuple[int, int], tmp_path: Pat
 def test_fewer_than_half_of_the_layers_is_said_first(tmp_path: Path) -> None:
     labelled = spectra_of(tmp_path / "a.safetensors", {k: t for n in range(5) for k, t in pair(f"x.{n}").items()})
     found = dsire.matched(spectra_of(tmp_path / "b.safetensors", pair("x.0") | pair("x.1")), labelled)
-    assert found.notes[0] == "only 2 of the 5 fitted layers are in the file with the same shape"
+    assert found.first[0] == "only 2 of the 5 fitted layers are in the file with the same shape"
     assert len(found.voters) == 6
 
 
