@@ -1685,22 +1685,25 @@ def dataset_size(label: Any) -> int:
     return int(label) if number and 1 <= label < 2**53 and label == int(label) else 0
 
 
-def class_names(schema: Any, column: str) -> list[str]:
-    """What the numbers of a column stand for, if `datasets` wrote it as a ClassLabel, or []."""
+def class_names(schema: Any, column: str, of_readme: str) -> list[str]:
+    """What the numbers of a column stand for, if `datasets` wrote it as a ClassLabel, or the README says so; or []."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError):
-        return []
+        names = json.loads(of_readme or "{}").get(column, [])
     return [str(name) for name in names]
 
 
 LABELS = ("label", "name", "recipe")  # the columns about a model
 
 
-def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any], list[str]]:
+def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Tensor, list[Any], list[str]]:
     """The columns `label` (size n), `name` (micro-dataset) and, where there is one, `recipe` of a shard.
 
     Of a ClassLabel they are the names of its classes.
+
+    Args:
+        classes_of_readme: `Shard.classes`.
 
     Raises:
         DsireError: a column is missing, has nulls, or does not hold sizes from 1 up and names.
@@ -1712,7 +1715,10 @@ def model_labels(table: Any, file: str) -> tuple[Tensor, list[Any], list[str]]:
         raise DsireError(f"{file}: column {' and '.join(sorted(missing))} is missing; there must be `label` and `name`")
     found: dict[str, list[Any]] = {}
     for column in table.column_names:
-        found[column], classes = table.column(column).to_pylist(), class_names(table.schema, column)
+        found[column] = table.column(column).to_pylist()
+        classes = class_names(table.schema, column, classes_of_readme)
+        if classes and {type(value) for value in found[column]} == {str}:
+            continue  # the names themselves
         if None in found[column]:
             raise DsireError(f"{file}: column {column} has nulls; every model needs its size and micro-dataset")
         if classes and not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
@@ -1743,10 +1749,13 @@ def parquet_errors(path: Path) -> Iterator[None]:
         raise DsireError(f"{path} is not a whole parquet file ({reason}): delete it and fetch it anew") from error
 
 
-def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
+def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "") -> Spectra:
     """The spectra of all models in one parquet shard, one pair of columns at a time.
 
     A shard is one row group, so a pair of columns is a ready batch of equal shapes, and whole rows are never held.
+
+    Args:
+        classes: `Shard.classes`.
 
     Raises:
         DsireError: the file can't be read, or a column doesn't fit; the message names it.
@@ -1759,7 +1768,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
             if not metadata.num_rows:
                 raise DsireError(f"{path}: no rows; delete the file or fetch it anew")
             labels = file.read([name for name in LABELS if name in columns])
-        sizes, names, recipes = model_labels(labels, path.name)
+        sizes, names, recipes = model_labels(labels, path.name, classes)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others = lora_layers(columns, path.name)
         if unlike := next((pair for pair in layers.values() if "A" not in pair), None):
@@ -2270,12 +2279,30 @@ class Layer(NamedTuple):
     facts: dict[str, float]
 
 
+def finite_weights(stored: Tensor, key: str, file: str) -> Tensor:
+    """W of a layer, float64 [out, in]; of a convolution, [out, in k k].
+
+    Raises:
+        DsireError: it is not a finite matrix.
+    """
+    matrix = as_float64(stored, key, file).flatten(1)
+    if not matrix.isfinite().all():
+        raise DsireError(f"{file}: {shown(key)} holds a NaN or an infinity")
+    return matrix
+
+
 @dataclass(frozen=True)
 class Base:
     """The model that fine-tunes began as: its files, and for each layer the open file and key of its weights."""
 
     files: list[Path]
     layers: dict[str, tuple[Weights, str]]
+
+    def weights(self, layer: str) -> tuple[Tensor, torch.dtype]:
+        """W₀ of a layer, float64 [out, in], and the type that it is stored in."""
+        weights, key = self.layers[layer]
+        stored = weights.tensor(key)
+        return finite_weights(stored, key, "the base"), stored.dtype
 
     @property
     def identity(self) -> str:
@@ -2329,20 +2356,6 @@ def model_layers(keys: list[str], file: str, base: Base | None) -> tuple[dict[st
         return {layer: {"weight": key} for layer, key in full.items()}, []
 
 
-def base_weights(base: Base, layer: str, device: str) -> tuple[Tensor, torch.dtype]:
-    """W₀ of a layer, float64 in its own shape, and the type that it is stored in.
-
-    Raises:
-        DsireError: it is not a finite matrix.
-    """
-    weights, key = base.layers[layer]
-    stored = weights.tensor(key)
-    matrix = as_float64(stored, key, "the base").to(device)
-    if not matrix.isfinite().all():
-        raise DsireError(f"the base: {shown(key)} holds a NaN or an infinity: fetch it anew")
-    return matrix, stored.dtype
-
-
 def full_layer(path: Path, weights: Weights, layer: str, key: str, base: Base, count: int, device: str) -> Layer:
     """The change W - W₀ of a layer of a full fine-tune.
 
@@ -2354,20 +2367,20 @@ def full_layer(path: Path, weights: Weights, layer: str, key: str, base: Base, c
         return Layer([], {}, {})
     if layer not in base.layers:
         return Layer([], {}, {"lacking": 1})
-    new = as_float64(stored, key, path.name).to(device)
-    old, old_type = base_weights(base, layer, device)
+    new, old, old_type = finite_weights(stored, key, path.name), *base.weights(layer)
     if new.shape != old.shape:
         return Layer([], {}, {"other shape": 1})
-    if not new.isfinite().all():
-        raise DsireError(f"{path.name}: {shown(key)} holds a NaN or an infinity")
-    change = (new - old).flatten(1)
-    digit = max(torch.finfo(stored.dtype).eps, torch.finfo(old_type).eps) * torch.maximum(new.abs(), old.abs())
-    norm = float(torch.linalg.vector_norm(change))
-    rounding = float(torch.linalg.vector_norm(change * (change.abs() <= digit.flatten(1))))
+    change = new - old
+    last_digit = max(torch.finfo(stored.dtype).eps, torch.finfo(old_type).eps) * new.abs()
+    norm, rounding = (float(torch.linalg.vector_norm(its)) for its in (change, change[change.abs() <= last_digit]))
     facts = {"unchanged": norm == 0, "change": norm**2, "rounding": rounding**2}
     facts["foreign"] = norm > FOREIGN * float(torch.linalg.vector_norm(old))
-    spectrum = matrix_spectrum(change, count) if norm else torch.zeros(min(count, *change.shape), dtype=torch.float64)
-    return Layer([*change.shape], {"BA": spectrum.cpu()}, facts)
+    del new, old, last_digit  # a model's largest matrices take hundreds of megabytes each
+    try:
+        spectrum = matrix_spectrum(change.to(device), count).cpu()
+    except torch.cuda.OutOfMemoryError:
+        spectrum = matrix_spectrum(change, count)
+    return Layer([*change.shape], {"BA": spectrum}, facts)
 
 
 def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor) -> Tensor:
@@ -2433,13 +2446,13 @@ def adapter_layer(
         if "A" in pair:
             a, b = lora_matrices(path, weights, pair)
             scale, shape = scale_of(path, weights, pair, settings, len(a)), [len(b), a.shape[1], len(a)]
-            spectra["A"], spectra["B"], product = lora_spectra(a, b)
+            spectra["A"], spectra["B"], unscaled = lora_spectra(a, b)
             if method == "LoRA":
-                spectra["BA"] = product * abs(scale)
+                spectra["BA"] = unscaled * abs(scale)
             elif base and layer in base.layers:
                 magnitude = read_tensor(weights, pair["magnitude"], path.name, 1)
-                old = base_weights(base, layer, "cpu")[0].flatten(1)
-                spectra["BA"] = matrix_spectrum(dora_change(b, a, scale, old, magnitude), count)
+                change = dora_change(b, a, scale, base.weights(layer)[0], magnitude)
+                spectra["BA"] = matrix_spectrum(change, count)
         else:
             if "magnitude" in pair:
                 raise DsireError(f"{path.name}: {keys} are a {method} with DoRA's magnitudes{MERGE_IT}")
@@ -2447,8 +2460,8 @@ def adapter_layer(
             ranks = {len(parts[part]) for part in parts if part.endswith("_b")}
             scale = scale_of(path, weights, pair, settings, max(ranks, default=None))
             of_method = loha_change if method == "LoHa" else lokr_change
-            shape, change = of_method(parts, count)
-            spectra["BA"] = change * abs(scale)
+            shape, unscaled = of_method(parts, count)
+            spectra["BA"] = unscaled * abs(scale)
         if not all(spectrum.isfinite().all() for spectrum in spectra.values()):
             raise FloatingPointError
     except FloatingPointError:
@@ -2456,8 +2469,7 @@ def adapter_layer(
     except RuntimeError as error:
         raise DsireError(f"{path.name}: {keys} do not fit each other ({shown(error)})") from error
     stated = "alpha" in pair or "lora_alpha" in settings_of(pair, settings)[0]
-    unchanged = not spectra["BA" if "BA" in spectra else "B"].any()
-    return Layer(shape, spectra, {"unscaled": not stated, "zero": scale == 0, "unchanged": unchanged and scale != 0})
+    return Layer(shape, spectra, {"unscaled": not stated, "zero": scale == 0, "unchanged": not unscaled.any()})
 
 
 def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
@@ -2483,7 +2495,8 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
                 return full_layer(path, weights, layer, pair["weight"], base, count, device)
             return adapter_layer(path, weights, layer, pair, settings, base, count)
 
-        layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], None if base else 1), strict=True))
+        at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
+        layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
         inits = {layer: uncommon_init(settings_of(pair, settings)[0]) for layer, pair in pairs.items() if "A" in pair}
         stated, recipes = stated_size(weights.header), stated_recipe(weights.header)
     found = {layer: its for layer, its in layers.items() if its.spectra}
@@ -2556,7 +2569,9 @@ def about_layers(
     if zero:
         notes.append(f"alpha is 0 in {zero} of {judged} layers: their BA counts as zero")
     if 0 < unchanged < judged:
-        notes.append(f"the change of the weights is zero in {unchanged} of {judged} layers")
+        full = any("weight" in pair for pair in pairs.values())
+        left_out = ": they are left out" if full else ""
+        notes.append(f"the change of the weights is zero in {unchanged} of {judged} layers{left_out}")
     if total("rounding") > total("change") / 2 > 0:
         notes.append("most of the change of the weights is no larger than the last digit that they are stored with")
     return notes, [UNTRAINED] if unchanged == judged else []
@@ -2729,6 +2744,7 @@ class Shard:
     file: str
     size: int
     etag: str
+    classes: str = ""  # column -> names of its classes, as JSON, where the dataset's README.md says them
 
     @property
     def is_lora(self) -> bool:
@@ -2802,15 +2818,16 @@ def folder_source(folder: Path, subset: str | None, base: Base | None = None) ->
             notes.append(f"left out, as LoRA files decide: {counted(len(parquet), 'parquet file')} in {folder}")
         shards = [shard_on_disk(file, base) for file in files]
         return Source(str(folder), folder.resolve().name, "", shards, notes)
-    notes = []
+    notes, classes = [], ""
     if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
         files = sorted((folder / subset.replace("_", "/")).glob("*.parquet"))
     if folder != SHIPPED or not subset or not files:
         cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
         names = [path.relative_to(folder).as_posix() for path in parquet]
-        subset, names, notes = files_of_subset(f"dataset {folder}", cards, names, subset)
+        subset, names, notes, classes = files_of_subset(f"dataset {folder}", cards, names, subset)
         files = [folder / name for name in names]
-    return Source(str(folder), subset, "", [shard_on_disk(file) for file in files], notes)
+    shards = [replace(shard_on_disk(file), classes=classes) for file in files]
+    return Source(str(folder), subset, "", shards, notes)
 
 
 def shard_on_disk(file: Path, base: Base | None = None) -> Shard:
@@ -2832,8 +2849,8 @@ CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its conf
 
 def files_of_subset(
     what: str, cards: dict[str, Path], names: list[str], subset: str | None
-) -> tuple[str, list[str], list[str]]:
-    """The subset's name, which parquet files are its, and notes: `datasets` reads the configs and their patterns.
+) -> tuple[str, list[str], list[str], str]:
+    """The subset's name, its parquet files, notes, and `Shard.classes`: `datasets` reads the README's header.
 
     It is shown a folder of links and of empty files, so that whatever else lies in the dataset (a script, images), or
     how the dataset's path is spelt, makes no difference; and that the Hub is asked by huggingface_hub alone.
@@ -2853,11 +2870,15 @@ def files_of_subset(
         for name, card in cards.items():
             (view / name).write_bytes(card.read_bytes())
 
-        def files_by_split(config: str) -> dict[str, list[str]]:
-            found = datasets.load_dataset_builder(str(view), config, cache_dir=place).config.data_files or {}
-            return {
-                str(split): [Path(file).relative_to(view).as_posix() for file in its] for split, its in found.items()
+        def files_by_split(config: str) -> tuple[dict[str, list[str]], str]:
+            builder = datasets.load_dataset_builder(str(view), config, cache_dir=place)
+            named = {
+                str(split): [Path(file).relative_to(view).as_posix() for file in its]
+                for split, its in (builder.config.data_files or {}).items()
             }
+            features = builder.info.features or {}
+            classes = {name: features[name].names for name in LABELS if hasattr(features.get(name), "names")}
+            return named, json.dumps(classes) if classes else ""
 
         try:
             configs = datasets.get_dataset_config_names(str(view))
@@ -2866,11 +2887,11 @@ def files_of_subset(
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
             subset = subset or configs[0]
-            splits = files_by_split(subset)
+            splits, classes = files_by_split(subset)
             of_none = set(names).difference(*splits.values())
             for other in configs if of_none else []:
                 with suppress(OSError, ValueError):  # it holds no parquet
-                    of_none.difference_update(*files_by_split(other).values())
+                    of_none.difference_update(*files_by_split(other)[0].values())
         except DsireError:
             raise
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
@@ -2885,7 +2906,7 @@ def files_of_subset(
         if of_none:
             left_out = f"{counted(len(of_none), 'parquet file')} of {what} left out, as in no split of a subset"
             notes.append(f"{left_out}, such as {shown(min(of_none))}: name them in the configs of README.md")
-        return subset, files, notes
+        return subset, files, notes, classes
 
 
 class HubUnreachable(DsireError):
@@ -3015,9 +3036,9 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
         files = ask_hub(what, listed)
         cards = {name: fetched_card(name) for name in CARDS if name in files}
         parquet = [name for name in files if name.endswith(".parquet") and not re.search(r"(^|/)\.", name)]
-        subset, names, notes = files_of_subset(what, cards, parquet, subset)
+        subset, names, notes, classes = files_of_subset(what, cards, parquet, subset)
     facts = [files[name] for name in names]
-    shards = [Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id) for fact in facts]
+    shards = [Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id, classes) for fact in facts]
     source = Source(info.id, subset, info.sha, shards, notes)
     write_json(note, asdict(source))
     return source, []
@@ -3284,7 +3305,7 @@ def compute_spectra(
             with held:
                 coming = [in_background(prepare, following) for following in islice(left, 1)]
                 if path:
-                    save_spectra(shard_spectra(path, rank, device), shard, rank, cache)
+                    save_spectra(shard_spectra(path, rank, device, shard.classes), shard, rank, cache)
                     if source.commit and not keep_shards:
                         path.unlink(missing_ok=True)
     finally:
@@ -3901,7 +3922,11 @@ def command_line() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--subset", help="a config of the dataset, such as low_32 (default: low_4, which ships with the script)")
-    add("--rank", type=positive, help="the LoRA rank (default: the one in the subset's name)")
+    add(
+        "--rank",
+        type=positive,
+        help="the LoRA rank (default: the one in the subset's name), or values kept of a change",
+    )
     add("--dataset", help=f"Hub repository, a folder of the same layout, or one of LoRA files (default: {LORA_WISE})")
     add("--revision", help="branch, tag or commit of the Hub dataset")
     add("--cache_dir", type=path_of, default=CACHE, help="for downloads and spectra (%(default)s)")

@@ -142,6 +142,20 @@ def test_the_names_of_classes_are_the_sizes_and_micro_datasets(tmp_path: Path) -
     assert list(zip(names, sizes.tolist(), strict=True)) == models
 
 
+def test_classes_that_only_the_readme_names(run: Run, tmp_path: Path) -> None:
+    """The parquet's numbers 1, 2, 3 would pass for sizes, and none is so small that it would be refused."""
+    folder = write_folder(tmp_path / "wise", [table_of(models_of(4, (1, 2, 3)))])
+    card = (folder / "README.md").read_text()
+    names = "".join(f"          '{number}': '{10 * number}'\n" for number in range(4))
+    classes = f"  - name: label\n    dtype:\n      class_label:\n        names:\n{names}"
+    column = "  - name: label\n    dtype: string\n"
+    assert column in card
+    (folder / "README.md").write_text(card.replace(column, classes))
+    outcome = run("--dataset", folder, "--train_size=2")
+    assert outcome.code == 0, outcome.err
+    assert "sizes 10 20 30" in outcome.out
+
+
 @pytest.mark.parametrize("names", [["few", "many", "most"], ["10 images", "20", "30"], ["0", "20", "30"]])
 def test_class_names_that_are_no_sizes(names: list[str], run: Run, tmp_path: Path) -> None:
     table = table_of(models_of(3, (1, 2, 3)))
