@@ -465,11 +465,11 @@ column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out,
   were tried first, but at 8 x 8 such images are too much alike for their number to show as it does in the paper.
   `recipes_4` has a pilot too, on which checks of recipes are set: {len(PILOT_MICRO_DATASETS["recipes_4"])} more hands,
   and seed {PILOT_SEED["recipes_4"]} for every model.
-- Beside this folder are two of files, whose models were fine-tuned in other ways, on sizes {FEW[0]} to {FEW[-1]} and in
+- Beside this folder are two of files; their models were fine-tuned in other ways, on sizes {FEW[0]} to {FEW[-1]} and in
   half precision. `tiny_full`: the projections themselves, for {len(MICRO_DATASETS["full"])} more hands (learning rate
-  {RECIPES["full"][""].learning_rate:g}); `base.safetensors` is the base model. `tiny_loha`: LoHa of rank {LOHA_RANK} for
-  {len(MICRO_DATASETS["loha"])} of those hands (learning rate {RECIPES["loha"][""].learning_rate:g}). Their learning
-  rates were chosen among three and two on pilots of other hands.
+  {RECIPES["full"][""].learning_rate:g}), with the base model (`base.safetensors`).
+  `tiny_loha`: LoHa of rank {LOHA_RANK}, for {len(MICRO_DATASETS["loha"])} of those hands (learning rate
+  {RECIPES["loha"][""].learning_rate:g}). Learning rates were chosen among three and two on pilots of other hands.
 - Made with torch {version("torch")}, diffusers {version("diffusers")} and peft {version("peft")} on a CPU by
 
       python tests/make_tiny_wise.py --subset low_4
