@@ -601,9 +601,10 @@ class LogRidge:
         if len(y) == 1:
             return cls(candidates, y.expand(len(z)), y, y.expand(len(z), 1), 1.0)
         folds = [(groups == group).nonzero().flatten() for group in groups.unique()]
-        kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
         if train.of_recipe.any():
-            kernel, cross = local_kernels(kernel, cross, train, new)
+            kernel, cross = local_kernels(x, z, train, new)
+        else:
+            kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
         values, vectors = torch.linalg.eigh(kernel)
         values = values.clamp_min(0)
 
@@ -643,32 +644,42 @@ def log_features(train: Spectra, test: Spectra) -> tuple[Tensor, Tensor]:
     return (x - mean) * scale, (z - mean) * scale
 
 
-def local_kernels(kernel: Tensor, cross: Tensor, train: Spectra, new: Spectra) -> tuple[Tensor, Tensor]:
-    """The kernels of a regression whose coefficients may differ between recipes, from those of one that is the same.
+def local_kernels(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[Tensor, Tensor]:
+    """The kernels of a regression whose coefficients may differ between recipes.
 
     A recipe moves all norms, so that one line through several recipes fits none. Models weigh the less for each other
-    the farther their `mean_log_norms` are apart: a Gaussian of 5 standard deviations within a recipe and size, so that
-    neighbouring sizes and recipes still speak for each other.
+    the farther they are apart in four numbers: their `mean_log_norms`, and the first two principal components of the
+    features' means by recipe and size. The weight is a Gaussian of 7 standard deviations within a recipe and size, so
+    that neighbouring sizes and recipes still speak for each other.
 
     Args:
-        kernel: [models, models] of the training models.
-        cross: [new, models].
+        x: features of the training models, [models, features].
+        z: features of the new models, [new, features].
 
     Returns:
-        The same shapes, centred.
+        The kernel of the training models, [models, models], and theirs with the new ones, [new, models]; centred.
     """
-    known, asked = mean_log_norms(train), mean_log_norms(new)
-    of_group = train.groups
-    inverse = torch.linalg.inv(spread_within(known, of_group))
+    groups = train.groups
+    members = torch.nn.functional.one_hot(groups).double()
+    means = members.T @ x / members.sum(0)[:, None]
+    components = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[:2].T
+    known, asked = (
+        torch.cat([features @ components, mean_log_norms(spectra)], dim=1)
+        for features, spectra in ((x, train), (z, new))
+    )
+    scale = known.std(0).clamp_min(1e-9)
+    known, asked = known / scale, asked / scale
+    inverse = torch.linalg.inv(spread_within(known, groups))
 
-    def weights(side: Tensor) -> Tensor:
-        apart = side[:, None] - known
-        return (-torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart) / (2 * 5**2)).exp()
+    def kernel(features: Tensor, place: Tensor) -> Tensor:
+        apart = place[:, None] - known
+        weights = (-torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart) / (2 * 7**2)).exp()
+        return (1 + features @ x.T / x.shape[1]) * weights
 
-    kernel, cross = (1 + kernel) * weights(known), (1 + cross) * weights(asked)
-    of_model = kernel.mean(0)
+    among, cross = kernel(x, known), kernel(z, asked)
+    of_model = among.mean(0)
     cross = cross - of_model
-    return kernel - of_model - of_model[:, None] + of_model.mean(), cross - cross.mean(1, keepdim=True)
+    return among - of_model - of_model[:, None] + of_model.mean(), cross - cross.mean(1, keepdim=True)
 
 
 def log_norms(spectra: Spectra) -> Tensor:

@@ -1,0 +1,874 @@
+"""Fine-tunes other than LoRA: the spectra of the change of the weights, as the libraries that merge them have it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import LAYERS as WISE_LAYERS
+from conftest import ROOT, Run, models_of, table_of, weights_of, write_folder
+from hub_stand_in import HubStandIn
+from lora_writers import write
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import dsire
+
+TINY_FULL, TINY_LOHA = ROOT / "tests" / "tiny_full", ROOT / "tests" / "tiny_loha"
+Tensors = dict[str, Tensor]
+
+# What diffusers calls a layer, and LDM; shape of its weights.
+Q, CONV, POINT = (
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    "down_blocks.0.resnets.0.conv1",
+    "mid_block.attentions.0.proj_in",
+)
+SHAPES = {Q: (16, 12), CONV: (12, 6, 3, 3), POINT: (10, 12, 1, 1)}
+IN_LDM = {
+    Q: "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    CONV: "model.diffusion_model.input_blocks.1.0.in_layers.2",
+    POINT: "model.diffusion_model.middle_block.1.proj_in",
+}
+TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
+NAMES = {
+    "diffusers": {layer: layer for layer in SHAPES},
+    "LDM": IN_LDM,
+    "transformers": {
+        Q: "model.layers.0.self_attn.q_proj",
+        CONV: "vision_tower.vision_model.stem.conv",
+        POINT: "model.layers.1.mlp.down_proj",
+    },
+}
+RANK, SCALE = 3, 1.5
+
+
+def randoms(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=randoms(seed), dtype=torch.float64)
+
+
+def flat(layer: str) -> str:
+    return layer.replace(".", "_")
+
+
+def factors(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
+    """A and B of a LoRA of rank 3 for weights of a shape."""
+    return normal(RANK, *shape[1:], seed=seed), 0.1 * normal(shape[0], RANK, *(1 for _ in shape[2:]), seed=seed + 1)
+
+
+def model(names: dict[str, str], seed: int = 9) -> Tensors:
+    """W0 of all layers, and what no full model lacks: norms, biases, embeddings."""
+    tensors = {
+        f"{names[layer]}.weight": normal(*shape, seed=seed + n) for n, (layer, shape) in enumerate(SHAPES.items())
+    }
+    tensors |= {f"{name}.bias": normal(7, seed=5) for name in names.values()}
+    start = next(iter(names.values())).rpartition(".")[0]
+    tensors |= {f"{start}.norm1.weight": normal(12, seed=6), f"{start}.embed_tokens.weight": normal(20, 12, seed=7)}
+    return tensors
+
+
+def changed(base: Tensors, names: dict[str, str], seed: int = 20, scale: float = SCALE) -> Tensors:
+    """W0 + s B A, and other norms, biases and embeddings."""
+    full = {key: tensor + 1 for key, tensor in base.items()}
+    for n, (layer, shape) in enumerate(SHAPES.items()):
+        a, b = factors(shape, seed + 2 * n)
+        key = f"{names[layer]}.weight"
+        full[key] = base[key] + scale * (b.flatten(1) @ a.flatten(1)).reshape(shape)
+    return full
+
+
+def lora_file(path: Path, names: dict[str, str], seed: int = 20, scale: float = SCALE) -> Path:
+    tensors = {}
+    for n, (layer, shape) in enumerate(SHAPES.items()):
+        a, b = factors(shape, seed + 2 * n)
+        tensors[f"{names[layer]}.lora_A.weight"], tensors[f"{names[layer]}.lora_B.weight"] = a, b
+        tensors[f"{names[layer]}.alpha"] = torch.tensor(scale * RANK, dtype=torch.float64)
+    return write(path, tensors)
+
+
+def spectra(file: Path, base: Path | str | None = None, count: int = dsire.LARGEST) -> dsire.Spectra:
+    with dsire.open_base(None if base is None else str(base), file.parent / "cache") as opened:
+        return dsire.file_spectra(file, opened, count)
+
+
+def changes(found: dsire.Spectra) -> dict[str, Tensor]:
+    """Layer -> spectrum of the change of its weights."""
+    rows = zip(found.voters, found.values[:, 0], strict=True)
+    return {voter.layer: values for voter, values in rows if voter.matrix == "BA"}
+
+
+def assert_changes(found: dsire.Spectra, expected: dict[str, Tensor], digits: float = 1e-9, count: int = 32) -> None:
+    """The same layers, and for each the largest singular values of the full matrix, worked out in float64."""
+    its = changes(found)
+    assert its.keys() == expected.keys()
+    for layer, values in its.items():
+        wanted = torch.linalg.svdvals(expected[layer].detach().double().flatten(1))[:count]
+        width = max(len(values), len(wanted))
+        assert (dsire.of_rank(values, width) - dsire.of_rank(wanted, width)).abs().max() <= digits * wanted[0], layer
+        assert found.shapes[layer][:2] == list(expected[layer].flatten(1).shape)
+
+
+def refusal(file: Path, base: Path | str | None = None) -> str:
+    with pytest.raises(dsire.DsireError) as error:
+        spectra(file, base)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path / "base.safetensors", model(NAMES["diffusers"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The largest singular values of any matrix
+
+
+def spread(rows: int, columns: int, values: Tensor) -> Tensor:
+    """A matrix with these singular values."""
+    left = torch.linalg.qr(normal(rows, len(values), seed=1)).Q
+    right = torch.linalg.qr(normal(columns, len(values), seed=2)).Q
+    return left * values @ right.T
+
+
+MATRICES = {
+    "random": normal(40, 50),
+    "of rank 2": normal(40, 2) @ normal(2, 50, seed=1),
+    "nearly equal": spread(40, 50, 1 + 1e-9 * torch.arange(40, dtype=torch.float64)),
+    "widely spread": spread(40, 50, 10 ** torch.linspace(0, -15, 40, dtype=torch.float64)),
+    "steps": spread(40, 50, torch.tensor([1e3, 1, 1e-3, 1e-6, 1e-9], dtype=torch.float64)),
+    "one column": normal(40, 1),
+    "zero": torch.zeros(40, 50, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("size", [1.0, 1e-200, 1e-150, 1e150, 1e200])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_the_spectrum_of_a_matrix(kind: str, size: float, turned: bool) -> None:
+    """Nine digits of each value that is not lost against the largest one."""
+    matrix = size * (MATRICES[kind].T if turned else MATRICES[kind])
+    wanted = size * torch.linalg.svdvals(matrix / size)
+    for count in (1, 8, 32, 100):
+        found = dsire.matrix_spectrum(matrix, count)
+        assert found.shape == (min(count, *matrix.shape),)
+        assert found.dtype == torch.float64
+        assert torch.allclose(found / size, wanted[:count] / size, rtol=1e-9, atol=1e-14 * float(wanted[0] / size))
+
+
+@pytest.mark.parametrize("rank", [2, 12, 60])
+@pytest.mark.parametrize("size", [1.0, 1e-100, 1e75, 1e100])
+def test_the_spectrum_of_a_product(size: float, rank: int) -> None:
+    b, a = normal(20, rank), normal(rank, 30, seed=1)
+    wanted = torch.linalg.svdvals(b @ a)[: min(rank, 8)]
+    for one, other in ((b, a), (a.T, b.T)):
+        found = dsire.product_spectrum(one * size, other * size, 8) / size**2
+        assert torch.allclose(found, wanted[: len(found)], rtol=0, atol=1e-9 * float(wanted[0]))
+        assert len(found) == len(wanted)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (1, 1)])
+def test_what_is_not_finite_has_no_spectrum(number: float, shape: tuple[int, int]) -> None:
+    for place in ((0, 0), (-1, -1)):
+        matrix = normal(*shape)
+        matrix[place] = number
+        with pytest.raises(FloatingPointError):
+            dsire.matrix_spectrum(matrix, 3)
+        for rank in (1, 9):
+            with pytest.raises(FloatingPointError):
+                dsire.product_spectrum(normal(6, len(matrix)), matrix, rank)
+            with pytest.raises(FloatingPointError):
+                dsire.product_spectrum(matrix, normal(matrix.shape[1], 6), rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full fine-tunes
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_a_merged_lora_has_the_spectra_of_the_lora(names: str, tmp_path: Path) -> None:
+    its = NAMES[names]
+    old = model(its)
+    new = changed(old, its)
+    lora = spectra(lora_file(tmp_path / "lora.safetensors", its))
+    full = spectra(write(tmp_path / "full.safetensors", new), write(tmp_path / "base.safetensors", old))
+    assert {(voter.matrix) for voter in full.voters} == {"BA"}
+    assert (full.method, full.first, full.notes) == ("full fine-tune", [], [])
+    of_lora, of_full = changes(lora), changes(full)
+    assert of_lora.keys() == of_full.keys() == full.shapes.keys()
+    for layer, values in of_lora.items():
+        wanted = torch.nn.functional.pad(values, (0, len(of_full[layer]) - RANK))
+        assert (of_full[layer] - wanted).abs().max() <= 1e-9 * values[0]
+        assert full.shapes[layer] == lora.shapes[layer][:2]
+    assert_changes(
+        full, {dsire.layer_name(its[layer]): new[f"{its[layer]}.weight"] - old[f"{its[layer]}.weight"] for layer in its}
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float16, 1), (torch.float16, 2e-4), (torch.bfloat16, 1), (torch.bfloat16, 1e-3)]
+)
+def test_rounding_is_all_that_differs_and_is_said_where_it_is_most(
+    dtype: torch.dtype, scale: float, tmp_path: Path
+) -> None:
+    """No singular value moves by more than the norm of what is added (Weyl)."""
+    its = NAMES["diffusers"]
+    old = {key: tensor.to(dtype) for key, tensor in model(its).items()}
+    exact = changed({key: tensor.double() for key, tensor in old.items()}, its, scale=scale)
+    new = {key: tensor.to(dtype) for key, tensor in exact.items()}
+    full = spectra(write(tmp_path / "full.safetensors", new), write(tmp_path / "base.safetensors", old))
+    lora = changes(spectra(lora_file(tmp_path / "lora.safetensors", its, scale=scale)))
+    for layer in its:
+        key, name = f"{layer}.weight", flat(layer)
+        error = torch.linalg.vector_norm(new[key].double() - exact[key])
+        assert (changes(full)[name][:RANK] - lora[name]).abs().max() <= error * 1.000001
+    said = [note for note in full.notes if "last digit" in note]
+    assert len(said) == (scale < 1)
+
+
+def test_layers_have_one_name_whoever_wrote_the_model(tmp_path: Path) -> None:
+    """A checkpoint in LDM's names, its base in those of diffusers, and a text encoder in both."""
+    folder = write_parts(tmp_path / "base", "parts")
+    new = as_ldm()
+    found = spectra(write(tmp_path / "full.safetensors", new), folder)
+    assert_changes(found, expected_of_ldm())
+    assert found.notes == []
+
+
+def as_ldm() -> Tensors:
+    new = changed(model(IN_LDM), IN_LDM)
+    new[f"cond_stage_model.transformer.{TEXT}.weight"] = normal(9, 9, seed=30) + normal(9, 9, seed=31) / 9
+    return new
+
+
+def expected_of_ldm() -> dict[str, Tensor]:
+    old, new = model(IN_LDM), changed(model(IN_LDM), IN_LDM)
+    expected = {flat(layer): new[f"{name}.weight"] - old[f"{name}.weight"] for layer, name in IN_LDM.items()}
+    return expected | {f"text_encoder_{flat(TEXT)}": normal(9, 9, seed=31) / 9}
+
+
+def write_parts(folder: Path, form: str) -> Path:
+    """The base of `as_ldm` in one of the forms that people have models in; what to give as --base."""
+    text = {f"{TEXT}.weight": normal(9, 9, seed=30)}
+    unet, ldm = (
+        model(NAMES["diffusers"]),
+        model(IN_LDM) | {f"cond_stage_model.transformer.{TEXT}.weight": text[f"{TEXT}.weight"]},
+    )
+    if form == "parts":
+        write(folder / "unet" / "diffusion_pytorch_model.safetensors", unet)
+        write(folder / "text_encoder" / "model.safetensors", text)
+        write(folder / "vae" / "diffusion_pytorch_model.safetensors", {"decoder.conv_in.weight": normal(4, 4, 3, 3)})
+        (folder / "model_index.json").write_text("{}")
+        return folder
+    if form.startswith("shards"):
+        keys = list(ldm)
+        halves = {f"model-0000{n}-of-00002.safetensors": keys[n - 1 :: 2] for n in (1, 2)}
+        for name, its in halves.items():
+            write(folder / name, {key: ldm[key] for key in its})
+        places = {key: name for name, its in halves.items() for key in its}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        return folder / "model-00002-of-00002.safetensors" if form == "shards, by one of them" else folder
+    if form == "pickle":
+        folder.mkdir()
+        torch.save({"state_dict": ldm, "epoch": 3, "global_step": 7}, folder / "model.ckpt")
+        return folder / "model.ckpt"
+    return write(folder / "model.safetensors", ldm)
+
+
+@pytest.mark.parametrize("form", ["file", "parts", "shards", "shards, by one of them", "pickle"])
+def test_the_base_in_every_form(form: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "full.safetensors", as_ldm())
+    assert_changes(spectra(file, write_parts(tmp_path / "base", form)), expected_of_ldm())
+
+
+@pytest.mark.parametrize("form", ["shards", "pickle"])
+def test_a_fine_tune_in_shards_or_a_pickle(form: str, tmp_path: Path) -> None:
+    """W and W0 change places: the spectrum stays."""
+    base = write(tmp_path / "base.safetensors", as_ldm())
+    place = write_parts(tmp_path / "full", form)
+    file = place / "model-00001-of-00002.safetensors" if form == "shards" else place
+    assert_changes(spectra(file, base), expected_of_ldm())
+
+
+def test_the_base_from_the_hub(hub: HubStandIn, run: Run, tmp_path: Path) -> None:
+    hub.add(write_parts(tmp_path / "repository", "parts"), "someone/model", kind="model")
+    file = write(tmp_path / "full.safetensors", as_ldm())
+    found = spectra(file, "someone/model")
+    assert_changes(found, expected_of_ldm())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and weights that do not fit
+
+
+def edited(base: Path, edit: Any, name: str = "full.safetensors") -> Path:
+    """A fine-tune of the base, after an edit of its tensors."""
+    tensors = changed(load_file(base), NAMES["diffusers"])
+    edit(tensors)
+    return write(base.with_name(name), tensors)
+
+
+def test_layers_that_differ_lack_or_did_not_change_are_counted_and_do_not_vote(base: Path) -> None:
+    def edit(tensors: Tensors) -> None:
+        tensors[f"{Q}.weight"] = normal(16, 13)
+        tensors[f"{CONV}.weight"] = load_file(base)[f"{CONV}.weight"]
+        tensors["mid_block.new.weight"] = normal(4, 4)
+        tensors["mid_block.numbers.weight"] = torch.ones(4, 4, dtype=torch.int64)
+
+    found = spectra(edited(base, edit), base)
+    assert found.shapes == {flat(POINT): [10, 12]}
+    assert_changes(
+        found,
+        {
+            flat(POINT): load_file(base.with_name("full.safetensors"))[f"{POINT}.weight"]
+            - load_file(base)[f"{POINT}.weight"]
+        },
+    )
+    for part in (
+        "1 layers are not in the base, such as mid_block_new",
+        f"1 layers have another shape in the base, such as {flat(Q)}",
+        "zero in 1 of 2 layers",
+    ):
+        assert sum(part in note for note in found.notes) == 1, found.notes
+    assert (len(found.notes), found.first) == (3, [])
+
+
+def test_rank_says_how_many_values_are_kept(base: Path) -> None:
+    full = edited(base, lambda tensors: None)
+    new, old = load_file(full), load_file(base)
+    expected = {flat(layer): new[f"{layer}.weight"] - old[f"{layer}.weight"] for layer in SHAPES}
+    found = spectra(full, base, count=8)
+    assert found.values.shape == (3, 1, 8)
+    assert_changes(found, expected, count=8)
+
+
+def test_what_is_no_fine_tune_of_the_base_is_refused(base: Path) -> None:
+    another = write(base.with_name("another.safetensors"), model(NAMES["diffusers"], seed=77))
+    assert "no fine-tune of this base" in refusal(another, base)
+    stranger = write(base.with_name("stranger.safetensors"), model(NAMES["transformers"]))
+    assert "no layer in common with the base" in refusal(stranger, base)
+
+    def other_shapes(tensors: Tensors) -> None:
+        tensors.update({f"{layer}.weight": normal(3, 3) for layer in SHAPES})
+
+    assert "no matrix of the base's shape" in refusal(edited(base, other_shapes), base)
+    nothing = write(
+        base.with_name("nothing.safetensors"), {"norm.weight": normal(4), "embed_tokens.weight": normal(4, 4)}
+    )
+    assert "no layer in common with the base" in refusal(nothing, base)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(number: float, base: Path) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors[f"{POINT}.weight"][0, 0] = number
+
+    spoilt = edited(base, spoil, "spoilt.safetensors")
+    assert {"spoilt.safetensors", f"{POINT}.weight", "NaN"} <= set(refusal(spoilt, base).replace(":", "").split())
+    message = refusal(base, spoilt)
+    assert message.startswith("the base: ")
+    assert f"{POINT}.weight holds a NaN or an infinity" in message
+
+
+@pytest.mark.parametrize("number", [1e160, 1e308])
+def test_numbers_that_are_too_large_are_refused(number: float, base: Path) -> None:
+    """Only float64 holds them."""
+
+    def enlarge(tensors: Tensors) -> None:
+        tensors[f"{POINT}.weight"][:2, 0] = torch.tensor([[[number]], [[-number]]])
+
+    large = edited(base, enlarge, "large.safetensors")
+    for file, its_base in ((large, base), (base, large)):
+        with pytest.raises(dsire.DsireError):
+            spectra(file, its_base)
+
+
+def test_a_base_that_is_not_whole_or_has_a_layer_twice_is_refused(base: Path, tmp_path: Path) -> None:
+    full = edited(base, lambda tensors: None)
+    shards = write_parts(tmp_path / "shards", "shards")
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors: no such file" in refusal(full, shards)
+    twice = write_parts(tmp_path / "twice", "parts")
+    shutil.copy(base, twice / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert "in two files: name one of them" in refusal(full, twice)
+    alike = write(tmp_path / "alike.safetensors", {f"unet.{Q}.weight": normal(2, 2), f"{Q}.weight": normal(2, 2)})
+    assert "is the same layer as" in refusal(full, alike)
+    norms = write(tmp_path / "norms.safetensors", {"embed_tokens.weight": normal(3, 3)})
+    assert "holds no weight matrices" in refusal(full, norms)
+
+
+def test_without_a_base_a_full_model_is_refused(base: Path) -> None:
+    message = refusal(edited(base, lambda tensors: None))
+    assert "full checkpoint" in message
+    assert "--base" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoHa, LoKr and DoRA as the libraries merge them
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key = nn.Linear(12, 18), nn.Linear(16, 8)
+        self.conv, self.point = nn.Conv2d(6, 8, 3), nn.Conv2d(8, 12, 1)
+        self.square, self.turned = nn.Conv2d(6, 6, 3), Conv1D(10, 6)
+        self.words = nn.Embedding(11, 6)
+
+
+LAYERS = ("query", "key", "conv", "point", "square")
+
+
+def random_weights(module: nn.Module, seed: int = 0) -> None:
+    """Another number for each that can be trained, and no zeros."""
+    random = randoms(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) / 3)
+
+
+def by_lycoris(kind: Any, path: Path, layers: tuple[str, ...] = LAYERS, **options: Any) -> dict[str, Tensor]:
+    """Write a file of LyCORIS; what it adds to the weights, by layer."""
+    net, tensors, expected = Net(), {}, {}
+    for number, layer in enumerate(layers):
+        module = kind(f"lora_unet_{layer}", getattr(net, layer), **{"lora_dim": 2, "alpha": 3, **options}).double()
+        random_weights(module, number)
+        delta = module.make_weight() * module.scale if kind is LoConModule else module.get_weight(module.shape)
+        if module.wd:
+            old = getattr(net, layer).weight.double()
+            delta = module.apply_weight_decompose(old + delta) - old
+        expected[layer] = delta
+        its = module.custom_state_dict()
+        tensors |= {f"lora_unet_{layer}.{key}": tensor.detach().clone() for key, tensor in its.items()}
+    write(path, tensors)
+    return expected
+
+
+def test_lycoris_merges_as_expected() -> None:
+    """That what is compared with is what its layers do."""
+    for kind in (LohaModule, LokrModule, LoConModule):
+        net, x = Net(), torch.randn(3, 12, generator=randoms())
+        module = kind("x", net.query, lora_dim=2, alpha=3)
+        random_weights(module)
+        delta = module.make_weight() * module.scale if kind is LoConModule else module.get_weight(module.shape)
+        assert torch.allclose(module(x), net.query(x) + x @ delta.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_tucker": True}, {"rs_lora": True}, {"alpha": 0.5}], ids=str)
+def test_loha_of_lycoris(options: dict[str, Any], tmp_path: Path) -> None:
+    expected = by_lycoris(LohaModule, tmp_path / "loha.safetensors", **options)
+    found = spectra(tmp_path / "loha.safetensors")
+    assert_changes(found, expected, 1e-6)
+    assert (found.method, found.notes, {voter.matrix for voter in found.voters}) == ("LoHa", [], {"BA"})
+
+
+LOKR: dict[str, tuple[dict[str, Any], str]] = {
+    "first whole": ({}, "lokr_w1 lokr_w2_a lokr_w2_b"),
+    "factor 4": ({"factor": 4}, "lokr_w1 lokr_w2_a"),
+    "both factored": ({"decompose_both": True, "factor": 9, "lora_dim": 1}, "lokr_w1_a lokr_w2_a"),
+    "Tucker": ({"use_tucker": True, "lora_dim": 1, "factor": 2}, "lokr_t2"),
+    "unbalanced": ({"unbalanced_factorization": True, "lora_dim": 1}, "lokr_w2_a"),
+    "whole": ({"full_matrix": True, "alpha": 7}, "lokr_w1 lokr_w2"),
+    "rs": ({"rs_lora": True, "lora_dim": 1, "factor": 3}, "lokr_w2_a"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", LOKR)
+def test_lokr_of_lycoris(case: str, tmp_path: Path) -> None:
+    options, parts = LOKR[case]
+    expected = by_lycoris(LokrModule, tmp_path / "lokr.safetensors", **options)
+    its = {key.partition(".")[2] for key in load_file(tmp_path / "lokr.safetensors")}
+    assert set(parts.split()) <= its
+    found = spectra(tmp_path / "lokr.safetensors")
+    assert_changes(found, expected, 1e-6)
+    assert (found.method, found.notes) == ("LoKr", [])
+
+
+def test_alpha_means_nothing_for_two_whole_matrices(tmp_path: Path) -> None:
+    w1, w2 = normal(4, 2), normal(5, 3, 3, 3, seed=1)
+    tensors = {"lora_unet_x.lokr_w1": w1, "lora_unet_x.lokr_w2": w2, "lora_unet_x.alpha": torch.tensor(400.0)}
+    parts = (w1, None, None, w2, None, None, None, None, torch.tensor(400.0), None)
+    with torch.no_grad():
+        loaded = LokrModule.make_module_from_state_dict("x", nn.Conv2d(6, 20, 3), *parts)
+    expected = torch.kron(w1, w2.flatten(1))
+    assert torch.allclose(loaded.get_weight((20, 54)).double(), expected, atol=1e-5)
+    found = spectra(write(tmp_path / "lokr.safetensors", tensors))
+    assert_changes(found, {"x": expected})
+
+
+PEFT: dict[str, Any] = {
+    "LoHa": LoHaConfig(r=2, alpha=3, init_weights=False),
+    "LoHa, patterns": LoHaConfig(
+        r=2, alpha=3, init_weights=False, rank_pattern={"query": 4, "conv": 3}, alpha_pattern={"key": 7}
+    ),
+    "LoHa, Tucker": LoHaConfig(r=2, alpha=3, init_weights=False, use_effective_conv2d=True),
+    "LoKr": LoKrConfig(r=2, alpha=3, init_weights=False),
+    "LoKr, patterns": LoKrConfig(r=1, alpha=3, init_weights=False, rank_pattern={"conv": 3}, alpha_pattern={"key": 7}),
+    "LoKr, Tucker": LoKrConfig(r=1, alpha=3, init_weights=False, use_effective_conv2d=True, decompose_factor=2),
+    "LoKr, both": LoKrConfig(r=1, alpha=3, init_weights=False, decompose_both=True, decompose_factor=9),
+    "LoKr, whole": LoKrConfig(r=50, alpha=3, init_weights=False),
+}
+
+
+@pytest.mark.parametrize("case", PEFT)
+def test_loha_and_lokr_of_peft(case: str, tmp_path: Path) -> None:
+    PEFT[case].target_modules = set(LAYERS)
+    torch.manual_seed(0)
+    model = get_peft_model(Net().double(), PEFT[case])
+    model.save_pretrained(tmp_path)
+    expected = {layer: getattr(model.base_model.model, layer).get_delta_weight("default") for layer in LAYERS}
+    found = spectra(tmp_path / "adapter_model.safetensors")
+    assert_changes(found, expected, 1e-6)
+    assert (found.method, found.notes) == (case.partition(",")[0], [])
+
+
+@pytest.mark.parametrize("on_out", [True, False], ids=["rows", "columns"])
+@pytest.mark.parametrize("layer", [*LAYERS])
+def test_dora_of_lycoris(layer: str, on_out: bool, tmp_path: Path) -> None:
+    """dora_scale is [out, 1] or [1, in], and of convolutions [out, 1, 1, 1] or [1, in, 1, 1]."""
+    base = write(tmp_path / "base.safetensors", Net().state_dict())
+    options = {"weight_decompose": True, "wd_on_out": on_out}
+    expected = by_lycoris(LoConModule, tmp_path / "dora.safetensors", (layer,), **options)
+    found = spectra(tmp_path / "dora.safetensors", base)
+    assert_changes(found, expected, 1e-6)
+    assert (found.method, {voter.matrix for voter in found.voters}) == ("DoRA", {"A", "B", "BA"})
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, "turned", "turned square"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_dora_of_peft(layer: str, tmp_path: Path) -> None:
+    """Of GPT-2's Conv1D, too, which keeps its weights as [in, out]."""
+    net, layer, square = Net(), *layer.partition(" ")[::2]
+    net.turned = Conv1D(6, 6) if square else net.turned
+    base = write(tmp_path / "base.safetensors", net.state_dict())
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[layer], use_dora=True, init_lora_weights=False)
+    model = get_peft_model(net, config)
+    random_weights(model)
+    model.save_pretrained(tmp_path)
+    merged = model.merge_and_unload().state_dict()[f"{layer}.weight"]
+    change = merged.detach().double() - load_file(base)[f"{layer}.weight"].double()
+    found = spectra(tmp_path / "adapter_model.safetensors", base)
+    assert_changes(found, {layer: change.T if layer == "turned" else change}, 1e-6)
+
+
+def test_an_untrained_dora_is_untrained_with_its_base_too(tmp_path: Path) -> None:
+    """B is zero and m the norm of W0: that the change is no zero is rounding."""
+    base = write(tmp_path / "base.safetensors", Net().state_dict())
+    get_peft_model(Net(), LoraConfig(r=2, target_modules=["query", "conv"], use_dora=True)).save_pretrained(tmp_path)
+    for its in (None, base):
+        assert spectra(tmp_path / "adapter_model.safetensors", its).first == [dsire.UNTRAINED], its
+
+
+def test_dora_of_layers_that_the_base_lacks_is_judged_by_a_and_b(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.safetensors", {"key.weight": Net().key.weight.detach(), "other.weight": normal(3, 3)})
+    by_lycoris(LoConModule, tmp_path / "dora.safetensors", ("query", "key"), weight_decompose=True)
+    found = spectra(tmp_path / "dora.safetensors", base)
+    assert {voter.layer for voter in found.voters if voter.matrix == "BA"} == {"key"}
+    assert {voter.layer for voter in found.voters if voter.matrix == "A"} == {"key", "query"}
+    assert found.notes == [dsire.MAGNITUDES]
+
+
+def test_loha_and_lokr_with_magnitudes_are_refused(tmp_path: Path) -> None:
+    for kind in (LohaModule, LokrModule):
+        by_lycoris(kind, tmp_path / "lycoris.safetensors", ("query",), weight_decompose=True)
+        message = refusal(tmp_path / "lycoris.safetensors")
+        assert "DoRA's magnitudes" in message
+        assert "--base" in message
+
+
+@pytest.mark.parametrize("part", ["hada_w2_b", "lokr_w1", "alpha"])
+def test_parts_that_lack_do_not_fit_or_are_not_finite(part: str, tmp_path: Path) -> None:
+    kind = LokrModule if part == "lokr_w1" else LohaModule
+    file = tmp_path / "lycoris.safetensors"
+    by_lycoris(kind, file, ("query", "key"), factor=4)
+    sound, key = load_file(file), f"lora_unet_query.{part}"
+    spoilt = sound[key].clone().fill_(float("nan"))
+    message = refusal(write(file, sound | {key: spoilt}))
+    assert key in message
+    if part != "alpha":
+        lacking = {name: tensor for name, tensor in sound.items() if name != key}
+        message = refusal(write(file, {name: lacking[name] for name in lacking if "_key" not in name}))
+        assert "another part, is missing" in message
+    if part == "hada_w2_b":
+        assert "do not fit each other" in refusal(write(file, sound | {key: normal(2, 7)}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not read, merged as the refusal advises
+
+UNREAD = {
+    "(IA)3": peft.IA3Config(target_modules=["query", "conv"], feedforward_modules=[], init_ia3_weights=False),
+    "VeRA": peft.VeraConfig(r=2, target_modules=["query"], init_weights=False),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=2, target_modules=["query"], init_weights=False),
+}
+
+
+@pytest.mark.parametrize("method", UNREAD)
+def test_other_methods_are_judged_once_they_are_merged(method: str, tmp_path: Path) -> None:
+    base = write(tmp_path / "base.safetensors", Net().state_dict())
+    torch.manual_seed(1)
+    model = get_peft_model(Net(), UNREAD[method])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = (method == "(IA)3") + 0.05 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "adapter")
+    message = refusal(tmp_path / "adapter" / "adapter_model.safetensors", base)
+    assert method in message
+    assert "merge it into its model, and judge that with --base" in message
+    merged = model.merge_and_unload().state_dict()
+    found = spectra(write(tmp_path / "merged.safetensors", merged), base)
+    old = load_file(base)
+    targets = sorted(UNREAD[method].target_modules)
+    assert_changes(
+        found, {layer: merged[f"{layer}.weight"].double() - old[f"{layer}.weight"].double() for layer in targets}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command: labelled models of each kind, and models of each kind to predict
+
+SIZES, WHO = (1, 2, 3), "abcd"
+
+
+def tune(kind: str, path: Path, base: Path, seed: int, scale: float = 1, header: dict[str, str] | None = None) -> Path:
+    """A fine-tune of the base, of any kind, with the layers' names of diffusers."""
+    names, tensors = NAMES["diffusers"], {}
+    if kind == "full":
+        return write(path, changed(load_file(base), names, seed, scale), header)
+    if kind == "LoHa":
+        for n, (layer, (out, *into)) in enumerate(SHAPES.items()):
+            shapes = {
+                "w1_a": (out, 2),
+                "w1_b": (2, Tensor(*into).numel()),
+                "w2_a": (out, 2),
+                "w2_b": (2, Tensor(*into).numel()),
+            }
+            its = {
+                part: scale**0.25 * normal(*shape, seed=seed + 10 * n + m) / 3
+                for m, (part, shape) in enumerate(shapes.items())
+            }
+            tensors |= {f"{layer}.hada_{part}": tensor for part, tensor in its.items()}
+            tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+        return write(path, tensors, header)
+    tensors = load_file(lora_file(path, names, seed, scale))
+    if kind == "DoRA":
+        norms = {layer: load_file(base)[f"{layer}.weight"].flatten(1).norm(dim=1, keepdim=True) for layer in names}
+        tensors |= {f"{layer}.dora_scale": 1.01 * norms[layer] for layer in names}
+    return write(path, tensors, header)
+
+
+def label(folder: Path, kind: str, base: Path, other: str = "", rows: bool = True) -> Path:
+    """Three sizes of four micro-datasets; of the last one, of another kind if there is one. With metadata.csv or headers."""
+    lines = ["file_name,label,name"]
+    for number, (name, size) in enumerate((name, size) for name in WHO for size in SIZES):
+        header = None if rows else {"ss_num_train_images": str(size), "ss_num_repeats": "1", "ss_output_name": name}
+        its = other if other and name == WHO[-1] else kind
+        tune(its, folder / f"{name}{size}.safetensors", base, 1000 * number, size**-0.5, header)
+        lines.append(f"{name}{size}.safetensors,{size},{name}")
+    if rows:
+        (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labelled", "asked", "matrices"),
+    [
+        ("LoRA", "LoHa", "BA"),
+        ("LoRA", "full", "BA"),
+        ("full", "LoRA", "BA"),
+        ("full", "DoRA", "BA"),
+        ("LoHa", "full", "BA"),
+        ("LoRA", "DoRA", "A B BA"),
+    ],
+)
+def test_another_method_is_the_first_that_is_said(
+    labelled: str, asked: str, matrices: str, base: Path, run: Run
+) -> None:
+    folder = label(base.with_name("labelled"), labelled, base)
+    same = tune(labelled, base.with_name("same.safetensors"), base, 77)
+    file = tune(asked, base.with_name("asked.safetensors"), base, 77)
+    outcome = run("--dataset", folder, "--base", base, "--predict", same, file)
+    assert outcome.code == 0, outcome.err
+    one, other = outcome.report["estimates"]
+    assert not any("another method" in reason for reason in one["first"])
+    called = {"full": "full fine-tune"}
+    said = f"another method: it is a {called.get(asked, asked)}, and each labelled model a {called.get(labelled, labelled)}"
+    assert other["first"][0] == f"{said}; compared by {matrices} alone"
+    assert f"\n{file}: {other['first'][0]}\n" in outcome.out
+
+
+def test_a_merged_lora_is_judged_as_the_lora_is_by_loras(base: Path, run: Run) -> None:
+    """By BA alone both get the same votes, to the last digit that is printed."""
+    folder = label(base.with_name("labelled"), "LoRA", base)
+    files = [tune(kind, base.with_name(f"{kind}.safetensors"), base, 77) for kind in ("LoRA", "full")]
+    outcome = run("--dataset", folder, "--base", base, "--matrices", "BA", "--predict", *files)
+    lora, full = outcome.report["estimates"]
+    assert lora["estimate"] == full["estimate"]
+    assert lora["votes"] == pytest.approx(full["votes"], abs=1e-6)
+
+
+def test_dora_needs_its_base_to_be_judged_by_changes(base: Path, run: Run) -> None:
+    folder = label(base.with_name("labelled"), "LoHa", base)
+    file = tune("DoRA", base.with_name("dora.safetensors"), base, 77)
+    assert run("--dataset", folder, "--predict", file).says("dora.safetensors", "DoRA", "LoHa", "--base")
+    assert run("--dataset", folder, "--base", base, "--predict", file).code == 0
+
+
+def test_a_folder_of_two_methods_is_compared_by_what_both_have(base: Path, run: Run) -> None:
+    folder = label(base.with_name("labelled"), "LoRA", base, other="LoHa")
+    outcome = run("--dataset", folder, "--train_size=3")
+    assert outcome.code == 0, outcome.err
+    (note,) = [line for line in outcome.out.splitlines() if "several methods" in line]
+    assert "compared by BA alone: LoRA (a), LoHa (d)" in note
+    assert "matrices BA, so 3 voters" in outcome.out
+    assert "LoHa or LoRA" in outcome.out
+
+
+def test_the_base_itself_is_untrained(base: Path, run: Run) -> None:
+    folder = label(base.with_name("labelled"), "full", base)
+    copy = shutil.copy(base, base.with_name("copy.safetensors"))
+    outcome = run("--dataset", folder, "--base", base, "--predict", base, copy)
+    assert outcome.code == 0, outcome.err
+    for file in (base, copy):
+        assert f"\n{file}: {dsire.UNTRAINED}\n" in outcome.out
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["metadata.csv", "headers"])
+def test_a_base_in_the_labelled_folder_is_left_out(rows: bool, base: Path, run: Run) -> None:
+    folder = label(base.with_name("labelled"), "full", base, rows=rows)
+    inside = Path(shutil.move(base, folder / "base.safetensors"))
+    outcome = run("--dataset", folder, "--base", inside, "--train_size=3")
+    assert outcome.code == 0, outcome.err
+    assert ": 12 models, 4 micro-datasets, sizes 1 2 3" in outcome.out
+    assert "full fine-tune, matrices BA, so 3 voters" in outcome.out
+    assert not [line for line in outcome.out.splitlines() if "note:" in line and "of 4 trainings" not in line]
+    assert run("--dataset", folder, "--base", inside, "--predict", folder).code == 0
+
+
+def test_full_models_without_a_base_are_refused_with_advice(base: Path, run: Run) -> None:
+    folder = label(base.with_name("labelled"), "full", base)
+    assert run("--dataset", folder).says("a1.safetensors", "full checkpoint", "--base")
+    assert run("--predict", folder / "a1.safetensors").says("a1.safetensors", "full checkpoint", "--base")
+    assert run("--predict", folder).says("--base")
+    (folder / "metadata.csv").unlink()
+    assert run("--dataset", folder).says("--base")
+
+
+def test_what_does_not_fit_together_is_refused(base: Path, run: Run) -> None:
+    folder = label(base.with_name("labelled"), "full", base)
+    assert run("--dataset", folder, "--base", base, "--matrices", "A").says("--matrices A", "full fine-tune", "BA")
+    assert run("--base", base).says("--base", "parquet", "leave it out")
+    assert run("--dataset", folder, "--base", "nowhere.safetensors").says("nowhere.safetensors", "no such file")
+    empty = base.with_name("empty")
+    empty.mkdir()
+    assert run("--dataset", folder, "--base", empty).says("--base", "no weight matrices")
+    another = write(base.with_name("another.safetensors"), model(NAMES["diffusers"], seed=77))
+    assert run("--dataset", folder, "--base", another).says("a1.safetensors", "no fine-tune of this base")
+    assert run("--dataset", folder, "--base", base, "--predict", another).says("another", "no fine-tune of this base")
+
+
+def test_labelled_loras_in_parquet_and_a_full_model_to_predict(run: Run, tmp_path: Path) -> None:
+    wise = write_folder(tmp_path / "wise", [table_of(models_of(6))])
+    lora = weights_of(("thing_90", 3))
+    old = {f"{layer}.weight": normal(24 + 8 * (n % 2), 16 + 8 * (n % 3), seed=n) for n, layer in enumerate(WISE_LAYERS)}
+    new = {}
+    for layer in WISE_LAYERS:
+        a, b = (torch.from_numpy(lora[f"{layer}.lora.{part}.weight"]).double() for part in ("down", "up"))
+        new[f"{layer}.weight"] = old[f"{layer}.weight"] + b @ a / 9
+    base, full = write(tmp_path / "base.safetensors", old), write(tmp_path / "full.safetensors", new)
+    outcome = run("--dataset", wise, "--base", base, "--predict", full)
+    assert outcome.code == 0, outcome.err
+    assert (
+        f"\n{full}: another method: it is a full fine-tune, and each labelled model a LoRA; compared by BA"
+        in outcome.out
+    )
+
+
+def test_rank_is_the_number_of_values_of_full_fine_tunes(base: Path, run: Run) -> None:
+    folder = label(base.with_name("labelled"), "full", base)
+    outcome = run("--dataset", folder, "--base", base, "--rank=8", "--train_size=3")
+    assert (outcome.code, outcome.report["settings"]["rank"]) == (0, 8)
+    file = tune("full", base.with_name("asked.safetensors"), base, 77)
+    outcome = run("--dataset", folder, "--base", base, "--rank=8", "--predict", file)
+    assert (outcome.code, outcome.report["settings"]["rank"]) == (0, 8)
+    assert outcome.report["estimates"][0]["first"] == []
+
+
+def test_a_second_run_reads_no_file_unless_the_base_changed(
+    base: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = label(base.with_name("labelled"), "full", base)
+    read, file_spectra = [], dsire.file_spectra
+    monkeypatch.setattr(dsire, "file_spectra", lambda path, *others: read.append(path) or file_spectra(path, *others))
+    arguments = ("--dataset", folder, "--base", base, "--train_size=3")
+    first = run(*arguments)
+    assert len(read) == 12
+    second = run(*arguments)
+    assert len(read) == 12
+    assert second.out.replace(" ", "") == first.out.replace(" ", "")
+    assert second.predictions == first.predictions
+    later = base.stat().st_mtime_ns + 1
+    os.utime(base, ns=(later, later))
+    assert run(*arguments).out == first.out
+    assert len(read) == 24
+    write(base, load_file(base) | {"more.weight": normal(3, 3)})
+    os.utime(base, ns=(later, later))
+    run(*arguments)
+    assert len(read) == 36
+    assert run(*arguments, "--rank=8").code == 0
+    assert len(read) == 48
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real fine-tunes that ship
+
+
+def test_the_spectra_of_shipped_full_fine_tunes() -> None:
+    base = TINY_FULL / "base.safetensors"
+    old = load_file(base)
+    for name in ("hand_80_1", "hand_85_6", "hand_91_3"):
+        new = load_file(TINY_FULL / f"{name}.safetensors")
+        expected = {key.removesuffix(".weight"): tensor.double() - old[key].double() for key, tensor in new.items()}
+        found = spectra(TINY_FULL / f"{name}.safetensors", base)
+        assert_changes(found, {flat(layer): change for layer, change in expected.items()})
+
+
+@pytest.mark.parametrize("folder", [TINY_FULL, TINY_LOHA], ids=["full", "LoHa"])
+def test_what_ships_is_told_far_better_than_by_chance(folder: Path, run: Run, tmp_path: Path) -> None:
+    """One of six sizes."""
+    options = [f"--base={folder / 'base.safetensors'}"] if folder == TINY_FULL else []
+    outcome = run(f"--dataset={folder}", *options, f"--train_size={15 if folder == TINY_FULL else 4}")
+    assert outcome.code == 0, outcome.err
+    assert "note:" not in outcome.out
+    assert outcome.report["mean"]["accuracy"] > 50
+
+
+def test_a_shipped_full_fine_tune_that_was_left_out_is_told(run: Run, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(TINY_FULL, tmp_path / "full"))
+    rows = (copy / "metadata.csv").read_text().splitlines()
+    (copy / "metadata.csv").write_text("\n".join(row for row in rows if "hand_90_" not in row))
+    files = [copy / f"hand_90_{size}.safetensors" for size in range(1, 7)]
+    outcome = run(f"--dataset={copy}", f"--base={copy / 'base.safetensors'}", "--predict", *files)
+    assert outcome.code == 0, outcome.err
+    found = outcome.report["estimates"]
+    assert all(one["predictor"] == "log-ridge" and one["first"] == [] for one in found)
+    assert sum(one["estimate"] == size for size, one in enumerate(found, 1)) >= 4
+    assert all(abs(one["estimate"] - size) <= 1 for size, one in enumerate(found, 1))
