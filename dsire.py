@@ -302,6 +302,12 @@ class Spectra:
         pairs: Tensor = torch.stack([self.of_recipe, self.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
         return pairs
 
+    @cached_property
+    def kinds(self) -> dict[str, Tensor]:
+        """The kinds of matrix that vote, "A", "B" and "BA", each with the mask of its voters: bool [voters]."""
+        masks = {matrix: torch.tensor([voter.matrix == matrix for voter in self.voters]) for matrix in MATRICES}
+        return {matrix: mask for matrix, mask in masks.items() if mask.any()}
+
     @property
     def count(self) -> int:
         """How many micro-datasets there are."""
@@ -431,7 +437,7 @@ def average(votes: Votes) -> Prediction:
 
 def nearest_size(answers: Tensor, candidates: Tensor) -> Tensor:
     """The candidate nearest to each answer, the smaller one of two: int64, of the answers' shape."""
-    return torch.take(candidates, (answers[..., None] - candidates).abs().argmin(-1))
+    return candidates[(answers[..., None] - candidates).abs().argmin(-1)]
 
 
 def dsire(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
@@ -514,12 +520,9 @@ def log_ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     when the training micro-datasets are left out in turn: nothing is chosen on test models. The shares are those of a
     normal distribution about the answer, as wide as the errors on what was left out.
     """
-    found = []
     with one_thread_each():
-        for split in splits:
-            fit = LogRidge.fit(spectra.of_models(split.train), spectra.of_models(split.test))
-            found.append(fit.prediction(fit.answers))
-    return found
+        fits = [LogRidge.fit(spectra.of_models(split.train), spectra.of_models(split.test)) for split in splits]
+    return [fit.prediction(fit.answers) for fit in fits]
 
 
 def log_regression(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
@@ -649,10 +652,8 @@ def log_norms(spectra: Spectra) -> Tensor:
 
 def mean_log_norms(spectra: Spectra) -> Tensor:
     """Their means over the layers, of A and of B (of BA too, or alone, where those do not vote): [models, 2 or 1]."""
-    norms, kinds = log_norms(spectra), [voter.matrix for voter in spectra.voters]
-    return torch.stack(
-        [norms[:, [its == kind for its in kinds]].mean(1) for kind in sorted(set(kinds), key=MATRICES.index)[:2]], dim=1
-    )
+    norms = log_norms(spectra)
+    return torch.stack([norms[:, kind].mean(1) for kind in [*spectra.kinds.values()][:2]], dim=1)
 
 
 def spread_within(x: Tensor, groups: Tensor) -> Tensor:
@@ -3438,16 +3439,14 @@ def estimates_figure(plt: Any, rows: list[tuple[Estimate, Spectra, Spectra]]) ->
     Args:
         rows: each with the estimate, the labelled models, and the file's model on the same voters.
     """
-    matrices = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in rows[0][1].voters)]
-    shape, inches = (len(rows), len(matrices)), (3.2 * len(matrices), 2.8 * len(rows))
-    figure, axes = plt.subplots(*shape, figsize=inches, squeeze=False)
+    height, width = len(rows), len(rows[0][1].kinds)
+    figure, axes = plt.subplots(height, width, figsize=(3.2 * width, 2.8 * height), squeeze=False)
     for line, (estimate, fitted, file) in zip(axes, rows, strict=True):
         sizes, recipes = fitted.sizes.unique(), sorted(set(fitted.recipes)) or ["labelled models"]
         place = torch.searchsorted(sizes, fitted.sizes)
         held = [number for number, size in enumerate(sizes.tolist()) if estimate.holds(size) and not estimate.first]
-        for axis, matrix in zip(line, matrices, strict=True):
-            its = torch.tensor([voter.matrix == matrix for voter in fitted.voters])
-            known, asked = (log_norms(side)[:, its].mean(1).clamp(-300, 300).exp() for side in (fitted, file))
+        for axis, (matrix, voters) in zip(line, fitted.kinds.items(), strict=True):
+            known, asked = (log_norms(side)[:, voters].mean(1).clamp(-300, 300).exp() for side in (fitted, file))
             for number, (recipe, colour) in enumerate(zip(recipes, size_colours(plt, recipes), strict=True)):
                 chosen, shift = fitted.of_recipe == number, 0.6 * (number + 0.5) / len(recipes) - 0.3
                 axis.scatter(place[chosen] + shift, known[chosen], s=6, color=colour, label=recipe)
