@@ -3329,12 +3329,26 @@ def size_colours(plt: Any, sizes: Sequence[Any]) -> list[Any]:
     return [plt.get_cmap("viridis")(0.9 * index / max(1, len(sizes) - 1)) for index in range(len(sizes))]
 
 
+def draw_spectra(plt: Any, axis: Any, spectra: Spectra, band: bool) -> None:
+    """The mean spectrum of the models of each dataset size, over voters too; in a band of its standard deviation."""
+    sizes, indices = spectra.sizes.unique().tolist(), range(1, spectra.values.shape[-1] + 1)
+    for size, colour in zip(sizes, size_colours(plt, sizes), strict=True):
+        chosen = spectra.values[:, spectra.sizes == size].cpu()
+        mean = chosen.mean((0, 1))
+        axis.plot(indices, mean, color=colour, marker="o", markersize=4, label=size)
+        if band:
+            spread = chosen.std((0, 1), correction=0)
+            axis.fill_between(indices, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
+    axis.set_xlabel("index of the singular value")
+    axis.set_xticks(indices[:: max(1, len(indices) // 8)])
+
+
 def spectra_figure(plt: Any, spectra: Spectra) -> Any:
     """The Frobenius norm and the singular values of BA by dataset size, means over layers (Figure 2)."""
-    matrix = spectra.voters[-1].matrix  # BA, unless it was left out
-    values = spectra.of_matrices([matrix]).values.cpu()
+    matrix = [*spectra.kinds][-1]  # BA, unless it was left out
+    spectra = spectra.of_matrices([matrix])
     sizes = spectra.sizes.unique().tolist()
-    norms = values.square().sum(-1).sqrt().mean(0)
+    norms = spectra.values.cpu().square().sum(-1).sqrt().mean(0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
     parts = left.boxplot([norms[spectra.sizes == size].numpy() for size in sizes], showfliers=False, patch_artist=True)
     for box, median, colour in zip(parts["boxes"], parts["medians"], size_colours(plt, sizes), strict=True):
@@ -3342,38 +3356,24 @@ def spectra_figure(plt: Any, spectra: Spectra) -> Any:
         median.set(color="black")
     left.set_xticks(range(1, len(sizes) + 1), sizes)
     left.set(xlabel="dataset size (images)", ylabel=f"Frobenius norm of {matrix}, mean over layers")
-    for size, colour in zip(sizes, size_colours(plt, sizes), strict=True):
-        mean = values[:, spectra.sizes == size].mean((0, 1))
-        right.plot(range(1, len(mean) + 1), mean, color=colour, marker="o", markersize=4, label=size)
-    right.set(xlabel="index of the singular value", ylabel=f"singular value of {matrix}, mean over layers")
-    right.set_xticks(range(1, values.shape[-1] + 1, max(1, values.shape[-1] // 8)))
+    draw_spectra(plt, right, spectra, band=False)
+    right.set_ylabel(f"singular value of {matrix}, mean over layers")
     right.legend(title="images")
     return figure
 
 
 def layers_figure(plt: Any, spectra: Spectra) -> Any:
     """The spectra of the first down-block's and the last up-block's layer by dataset size (Figure 3)."""
-    matrix = spectra.voters[-1].matrix
-    layers = [voter.layer for voter in spectra.voters if voter.matrix == matrix]
-    down = [layer for layer in layers if layer.startswith("down_blocks")] or layers
-    up = [layer for layer in layers if layer.startswith("up_blocks")] or layers
-    sizes = spectra.sizes.unique().tolist()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4))
-    for axis, layer, place in zip(
-        axes, (down[0], up[-1]), ("first down-block layer", "last up-block layer"), strict=True
-    ):
-        values = spectra.of_voters([Voter(layer, matrix)]).values[0].cpu()
-        indices = range(1, values.shape[-1] + 1)
-        for size, colour in zip(sizes, size_colours(plt, sizes), strict=True):
-            chosen = values[spectra.sizes == size]
-            mean, spread = chosen.mean(0), chosen.std(0, correction=0)
-            axis.plot(indices, mean, color=colour, marker="o", markersize=4, label=size)
-            axis.fill_between(indices, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-        axis.set_title(f"{place}\n{layer.replace('_transformer', chr(10) + 'transformer')}", fontsize=9)
-        axis.set(xlabel="index of the singular value")
-        axis.set_xticks(range(1, values.shape[-1] + 1, max(1, values.shape[-1] // 8)))
-    axes[0].set_ylabel(f"singular value of {matrix}\n(mean ± std over models)")
-    axes[-1].legend(title="images")
+    matrix = [*spectra.kinds][-1]
+    voters = spectra.of_matrices([matrix]).voters
+    down = [voter for voter in voters if voter.layer.startswith("down_blocks")] or voters
+    up = [voter for voter in voters if voter.layer.startswith("up_blocks")] or voters
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    for axis, voter, place in ((left, down[0], "first down-block layer"), (right, up[-1], "last up-block layer")):
+        draw_spectra(plt, axis, spectra.of_voters([voter]), band=True)
+        axis.set_title(f"{place}\n{voter.layer.replace('_transformer', chr(10) + 'transformer')}", fontsize=9)
+    left.set_ylabel(f"singular value of {matrix}\n(mean ± std over models)")
+    right.legend(title="images")
     return figure
 
 
