@@ -1288,8 +1288,8 @@ def how_sure_by_size(spectra: Spectra, runs: list[Split], predictor: Predictor) 
     """The means of `how_sure` over the test models of each size, and over "all"."""
     found = torch.cat([how_sure(spectra, run, predictor) for run in runs])
     true = spectra.sizes[torch.cat([run.test for run in runs])]
-    its = {str(size): found[true == size] for size in spectra.sizes.unique().tolist()}
-    return {size: table.mean(0).tolist() for size, table in (its | {"all": found}).items()}
+    tables = {str(size): found[true == size] for size in spectra.sizes.unique().tolist()} | {"all": found}
+    return {size: table.mean(0).tolist() for size, table in tables.items()}
 
 
 def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
@@ -3196,10 +3196,10 @@ def recipe_lines(spectra: Spectra, recipes: dict[str, Tensor]) -> list[str]:
         table = scale * asked[..., column]
         rows = [*zip(names, table.tolist(), strict=True), ("mean", table.mean(0).tolist())]
         lines += [f"{name:28}" + "".join(f"{value:14.2f}" for value in values) for name, values in rows]
-    for title, column, scale in (("not comparable %", 3, 100), ("MAE", 0, 1)):
+    for title, column, scale, digits in (("not comparable %", 3, 100, 0), ("MAE", 0, 1, 2)):
         lines.append(f"\n{f'{title}, rows labelled':28}" + "".join(f"{number + 1:7}" for number in range(len(names))))
         for number, (name, row) in enumerate(zip(names, (scale * pairs[..., column]).tolist(), strict=True), start=1):
-            lines.append(f"{f'{number} {name}':28}" + "".join(f"{value:7.{0 if scale > 1 else 2}f}" for value in row))
+            lines.append(f"{f'{number} {name}':28}" + "".join(f"{value:7.{digits}f}" for value in row))
     return lines
 
 
@@ -3266,14 +3266,14 @@ def write_predictions(output: Path, spectra: Spectra, runs: list[Split], predict
 
 def write_estimates(output: Path, found: list[Estimate], refused: dict[str, str]) -> None:
     """estimates.csv: a row for each file; those that were refused come last, without an estimate."""
-    names = ["file", "estimate", "vote_share", "confidence_set", "recipe_p", "stated_size", "warnings"]
-    table: list[list[Any]] = [names]
+    heads = ["file", "estimate", "vote_share", "confidence_set", "recipe_p", "stated_size", "warnings"]
+    table: list[list[Any]] = [heads]
     for one in found:
         link = "-" if one.predictor == "log-regression" else " "
         members, share = link.join(map(str, one.confidence_set)), f"{max(one.votes.values()):.4f}"
         said = "; ".join([*one.first, *one.warnings])
         table.append([one.file, one.estimate, share, members, f"{one.recipe_p:.4f}", one.stated_size or "", said])
-    table += [[file, *[""] * (len(names) - 2), error] for file, error in refused.items()]
+    table += [[file, "", "", "", "", "", error] for file, error in refused.items()]
     write_table(output / "estimates.csv", table)
 
 
