@@ -334,6 +334,12 @@ class Spectra:
         pairs: Tensor = torch.stack([self.of_recipe, self.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
         return pairs
 
+    @cached_property
+    def kinds(self) -> dict[str, Tensor]:
+        """The kinds of matrix that vote, "A", "B" and "BA", each with the mask of its voters: bool [voters]."""
+        masks = {matrix: torch.tensor([voter.matrix == matrix for voter in self.voters]) for matrix in MATRICES}
+        return {matrix: mask for matrix, mask in masks.items() if mask.any()}
+
     @property
     def count(self) -> int:
         """How many micro-datasets there are."""
@@ -456,14 +462,9 @@ def majority(votes: Votes) -> Prediction:
     return Prediction(candidates[first.argmin(-1)], candidates, counts.double() / len(named))
 
 
-def average(votes: Votes) -> Prediction:
-    """The training size nearest to the mean of those that the voters name (Table 5, average vote)."""
-    return replace(majority(votes), sizes=nearest_size(votes.named.double().mean(0), votes.candidates))
-
-
 def nearest_size(answers: Tensor, candidates: Tensor) -> Tensor:
     """The candidate nearest to each answer, the smaller one of two: int64, of the answers' shape."""
-    return torch.take(candidates, (answers[..., None] - candidates).abs().argmin(-1))
+    return candidates[(answers[..., None] - candidates).abs().argmin(-1)]
 
 
 def dsire(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
@@ -472,8 +473,11 @@ def dsire(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
 
 
 def dsire_average(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
-    """The same voters, but the average of what they name."""
-    return [average(votes) for votes in votes_of(spectra, splits)]
+    """The same voters, but the training size nearest to the mean of those that they name (Table 5, average vote)."""
+    return [
+        replace(majority(votes), sizes=nearest_size(votes.named.double().mean(0), votes.candidates))
+        for votes in votes_of(spectra, splits)
+    ]
 
 
 def frobenius(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
@@ -546,12 +550,9 @@ def log_ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     when the training micro-datasets are left out in turn: nothing is chosen on test models. The shares are those of a
     normal distribution about the answer, as wide as the errors on what was left out.
     """
-    found = []
     with one_thread_each():
-        for split in splits:
-            fit = LogRidge.fit(spectra.of_models(split.train), spectra.of_models(split.test))
-            found.append(fit.prediction(fit.answers))
-    return found
+        fits = [LogRidge.fit(spectra.of_models(split.train), spectra.of_models(split.test)) for split in splits]
+    return [fit.prediction(fit.answers) for fit in fits]
 
 
 def log_regression(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
@@ -692,10 +693,8 @@ def log_norms(spectra: Spectra) -> Tensor:
 
 def mean_log_norms(spectra: Spectra) -> Tensor:
     """Their means over the layers, of A and of B (of BA too, or alone, where those do not vote): [models, 2 or 1]."""
-    norms, kinds = log_norms(spectra), [voter.matrix for voter in spectra.voters]
-    return torch.stack(
-        [norms[:, [its == kind for its in kinds]].mean(1) for kind in sorted(set(kinds), key=MATRICES.index)[:2]], dim=1
-    )
+    norms = log_norms(spectra)
+    return torch.stack([norms[:, kind].mean(1) for kind in [*spectra.kinds.values()][:2]], dim=1)
 
 
 def spread_within(x: Tensor, groups: Tensor) -> Tensor:
@@ -730,30 +729,19 @@ class Protocol(NamedTuple):
     seed: int = 42
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """What was predicted of the test models of one split, numbers int64, and how good that was."""
+class Metrics(NamedTuple):
+    """How good predictions are: MAE in images, MAPE in % and accuracy in %."""
 
-    test: Tensor
-    prediction: Prediction
     mae: float
     mape: float
     accuracy: float
 
 
-def judge(spectra: Spectra, test: Tensor, prediction: Prediction) -> Experiment:
-    """An experiment by the true sizes of its test models."""
-    return Experiment(test, prediction, *metrics(spectra.sizes[test], prediction.sizes))
-
-
-def metrics(sizes: Tensor, predicted: Tensor) -> tuple[float, float, float]:
-    """MAE in images, MAPE in % and accuracy in %."""
+def metrics(sizes: Tensor, predicted: Tensor) -> Metrics:
+    """Of predicted sizes, by the true ones."""
     errors = (predicted - sizes).abs().double()
-    return float(errors.mean()), 100 * float((errors / sizes).mean()), 100 * float((errors == 0).double().mean())
-
-
-def judge_all(spectra: Spectra, runs: list[Split], predictions: Iterable[Prediction]) -> list[Experiment]:
-    return [judge(spectra, split.test, prediction) for split, prediction in zip(runs, predictions, strict=True)]
+    mape, accuracy = 100 * float((errors / sizes).mean()), 100 * float((errors == 0).double().mean())
+    return Metrics(float(errors.mean()), mape, accuracy)
 
 
 def splits(micro_datasets: Tensor, protocol: Protocol) -> list[Split]:
@@ -781,17 +769,22 @@ def split_by(trained: Tensor) -> Split:
     return Split(trained.nonzero().flatten(), (~trained).nonzero().flatten())
 
 
-def evaluate(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list[Experiment]:
+def judge(spectra: Spectra, runs: list[Split], predictions: list[Prediction]) -> list[Metrics]:
+    """The metrics of each split's predictions."""
+    return [metrics(spectra.sizes[run.test], its.sizes) for run, its in zip(runs, predictions, strict=True)]
+
+
+def evaluate(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list[Metrics]:
     """The paper's protocol: train on some micro-datasets, test on all others, several times over."""
     runs = splits(spectra.micro_datasets, protocol)
-    return judge_all(spectra, runs, predictor(spectra, runs))
+    return judge(spectra, runs, predictor(spectra, runs))
 
 
-def mean_and_std(experiments: list[Experiment]) -> dict[str, tuple[float, float]]:
+def mean_and_std(experiments: list[Metrics]) -> dict[str, tuple[float, float]]:
     """Mean and population standard deviation of each metric over the experiments."""
-    table = torch.tensor([[run.mae, run.mape, run.accuracy] for run in experiments], dtype=torch.float64)
+    table = torch.tensor(experiments, dtype=torch.float64)
     means, stds = table.mean(0).tolist(), table.std(0, correction=0).tolist()
-    return dict(zip(("mae", "mape", "accuracy"), zip(means, stds, strict=True), strict=True))
+    return dict(zip(Metrics._fields, zip(means, stds, strict=True), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1272,73 +1265,63 @@ def kind_of_model(shapes: dict[str, list[int]]) -> str:
 # Everything compared, on the splits of the protocol
 
 
-def in_groups(predict: Callable[[list[Split]], list[T]], groups: dict[str, list[Split]]) -> dict[str, list[T]]:
-    """What is predicted of the splits of each group, all in one call, in which they share their distances."""
-    answers = iter(predict([split for its in groups.values() for split in its]))
-    return {name: [next(answers) for _ in its] for name, its in groups.items()}
+def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> dict[str, list[Metrics]]:
+    """The metrics with fewer micro-datasets to train on, up to as many as the protocol says (Figure 5)."""
+    fewest = 2 if predictor is gda else 1  # a discriminant analysis needs more models than sizes
+    counts = [n for n in (1, 2, 3, 5, 10) if fewest <= n < protocol.train_size] + [protocol.train_size]
+    return {str(n): evaluate(spectra, predictor, protocol._replace(train_size=n)) for n in counts}
 
 
-def train_sizes(spectra: Spectra, protocol: Protocol) -> dict[str, list[Split]]:
-    """The protocol's splits with fewer micro-datasets to train on, up to as many as it says (Figure 5)."""
-    counts = sorted({n for n in (1, 2, 3, 5, 10) if n < protocol.train_size} | {protocol.train_size})
-    return {str(n): splits(spectra.micro_datasets, protocol._replace(train_size=n)) for n in counts}
-
-
-def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> dict[str, list[Experiment]]:
-    """The metrics by the number of micro-datasets to train on."""
-    groups = train_sizes(spectra, protocol)
-    if predictor is gda:  # a discriminant analysis needs more models than sizes
-        groups.pop("1", None)
-    predictions = in_groups(lambda together: predictor(spectra, together), groups)
-    return {name: judge_all(spectra, its, predictions[name]) for name, its in groups.items()}
-
-
-def by_size(spectra: Spectra, experiments: list[Experiment]) -> dict[str, list[Experiment]]:
+def by_size(spectra: Spectra, runs: list[Split], predictions: list[Prediction]) -> dict[str, list[Metrics]]:
     """The metrics of the test models of each dataset size."""
-    rows: dict[str, list[Experiment]] = {}
+    rows: dict[str, list[Metrics]] = {}
     for size in spectra.sizes.unique().tolist():
-        for run in experiments:
-            chosen = spectra.sizes[run.test] == size
-            if chosen.any():
-                its = replace(run.prediction, sizes=run.prediction.sizes[chosen], shares=run.prediction.shares[chosen])
-                rows.setdefault(str(size), []).append(judge(spectra, run.test[chosen], its))
+        for run, prediction in zip(runs, predictions, strict=True):
+            true = spectra.sizes[run.test]
+            if size in true:
+                rows.setdefault(str(size), []).append(metrics(true[true == size], prediction.sizes[true == size]))
     return rows
 
 
-def without_size(spectra: Spectra, run: Split, size: int) -> Split:
-    """A split whose test models, all of one size, are to be told from training models of all other sizes."""
-    return Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
+def without_sizes(spectra: Spectra, run: Split) -> dict[int, Split]:
+    """For each size the split whose test models, all of that size, are to be told from training models of the others.
+
+    Sizes of which the split tests no model, or trains on no other, are left out.
+    """
+    gaps = {}
+    for size in spectra.sizes.unique().tolist():
+        gap = Split(run.train[spectra.sizes[run.train] != size], run.test[spectra.sizes[run.test] == size])
+        if len(gap.train) and len(gap.test):
+            gaps[size] = gap
+    return gaps
 
 
-def unseen_sizes(spectra: Spectra, runs: list[Split]) -> list[list[Split]]:
-    """For each split those without one size that lies between two others.
+def unseen_sizes(spectra: Spectra, runs: list[Split]) -> dict[str, list[Metrics]]:
+    """The metrics of each split's test models of sizes between two others, when their own size is not labelled.
 
     A classifier's best answer is a neighbouring size; a regression can name the size itself.
     """
-    gaps = [[without_size(spectra, run, size) for size in spectra.sizes.unique()[1:-1].tolist()] for run in runs]
-    return [[gap for gap in its if len(gap.train) and len(gap.test)] for its in gaps]
+    inner = spectra.sizes.unique()[1:-1]
+    rows: dict[str, list[Metrics]] = {}
+    for run in runs:
+        gaps = [gap for size, gap in without_sizes(spectra, run).items() if size in inner]
+        if gaps:
+            true = spectra.sizes[torch.cat([gap.test for gap in gaps])]
+            fits = log_ridge(spectra, gaps)
+            found = {"dsire": dsire(spectra, gaps), "log-ridge": fits, "log-regression": map(unrounded, fits)}
+            for name, predictions in found.items():
+                rows.setdefault(name, []).append(metrics(true, torch.cat([its.sizes for its in predictions])))
+    return rows
 
 
-def flagged_if_unlabelled(spectra: Spectra, runs: list[Split]) -> dict[int, float]:
+def flagged_if_unlabelled(spectra: Spectra, runs: list[Split]) -> dict[str, float]:
     """Of the test models of each size, the share said not to be comparable if their size is not labelled."""
     flagged: dict[int, list[Tensor]] = {}
-    for size in spectra.sizes.unique().tolist():
-        for gap in (without_size(spectra, run, size) for run in runs):
-            if len(gap.train) and len(gap.test):
-                fitted, new = spectra.of_models(gap.train), spectra.of_models(gap.test)
-                p = check_recipe(fitted, new, fitted.micro_datasets).p
-                flagged.setdefault(size, []).append(p <= NOT_COMPARABLE)
-    return {size: float(torch.cat(its).double().mean()) for size, its in flagged.items()}
-
-
-def judge_together(spectra: Spectra, gaps: list[list[Split]], predictions: Iterable[Prediction]) -> list[Experiment]:
-    """An experiment for each list of splits, whose predictions are judged as one."""
-    left, none = iter(predictions), torch.zeros(0, dtype=torch.int64)
-    found = []
-    for its in filter(None, gaps):
-        test, sizes = torch.cat([gap.test for gap in its]), torch.cat([next(left).sizes for _ in its])
-        found.append(judge(spectra, test, Prediction(sizes, none, none.double())))
-    return found
+    for run in runs:
+        for size, gap in without_sizes(spectra, run).items():
+            fitted, new = spectra.of_models(gap.train), spectra.of_models(gap.test)
+            flagged.setdefault(size, []).append(check_recipe(fitted, new, fitted.micro_datasets).p <= NOT_COMPARABLE)
+    return {str(size): float(torch.cat(its).double().mean()) for size, its in sorted(flagged.items())}
 
 
 def by_block(spectra: Spectra, accuracies: Tensor) -> dict[str, float]:
@@ -1366,6 +1349,14 @@ def how_sure(spectra: Spectra, split: Split, predictor: Predictor) -> Tensor:
     return torch.stack([(answer.sizes - new.sizes).abs(), held, members.sum(1), flagged], dim=1).double()
 
 
+def how_sure_by_size(spectra: Spectra, runs: list[Split], predictor: Predictor) -> dict[str, list[float]]:
+    """The means of `how_sure` over the test models of each size, and over "all"."""
+    found = torch.cat([how_sure(spectra, run, predictor) for run in runs])
+    true = spectra.sizes[torch.cat([run.test for run in runs])]
+    tables = {str(size): found[true == size] for size in spectra.sizes.unique().tolist()} | {"all": found}
+    return {size: table.mean(0).tolist() for size, table in tables.items()}
+
+
 def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
     """`how_sure` log-ridge is of each recipe's test models, mean over runs, by which recipes are labelled.
 
@@ -1373,40 +1364,39 @@ def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
         "seen": all recipes are labelled, [recipes, 4]; "unseen": all but the one that is asked, [recipes, 4]; "pairs":
         one recipe alone, [recipes labelled, recipes asked, 4].
     """
-    numbers = range(int(spectra.of_recipe.max()) + 1)
+    recipes = [spectra.of_recipe == number for number in range(int(spectra.of_recipe.max()) + 1)]
 
     def asked(run: Split, labelled: Tensor) -> Tensor:
         """[recipes, 4] with these training models, a mask, of those that the run has; NaN where nothing can be told."""
         train = run.train[labelled[run.train]]
         if len(spectra.micro_datasets[train].unique()) < 2:
-            return torch.full((len(numbers), 4), math.nan, dtype=torch.float64)
+            return torch.full((len(recipes), 4), math.nan, dtype=torch.float64)
         found = how_sure(spectra, Split(train, run.test), log_ridge)
-        return torch.stack([found[spectra.of_recipe[run.test] == number].mean(0) for number in numbers])
+        return torch.stack([found[its[run.test]].mean(0) for its in recipes])
 
-    its = [spectra.of_recipe == number for number in numbers]
-    every = torch.ones_like(its[0])
-    return {
-        "seen": torch.stack([asked(run, every) for run in runs]).nanmean(0),
-        "unseen": torch.stack([torch.stack([asked(run, ~its[n])[n] for n in numbers]) for run in runs]).nanmean(0),
-        "pairs": torch.stack([torch.stack([asked(run, its[n]) for n in numbers]) for run in runs]).nanmean(0),
+    tables = {
+        "seen": [asked(run, spectra.of_recipe >= 0) for run in runs],
+        "unseen": [torch.stack([asked(run, ~its)[number] for number, its in enumerate(recipes)]) for run in runs],
+        "pairs": [torch.stack([asked(run, its) for its in recipes]) for run in runs],
     }
+    return {name: torch.stack(its).nanmean(0) for name, its in tables.items()}
 
 
 class Comparison(NamedTuple):
     """All that `--compare` finds, on the same splits.
 
     Attributes:
-        tables: title -> row -> experiments; the first table, "compare", has all predictors and kinds of matrices.
+        tables: title -> row -> metrics; the first table, "compare", has all predictors and kinds of matrices.
         accuracies: of each voter alone, in %, mean over the experiments: float64 [voters].
-        sure: predictor -> `how_sure` of each split.
+        sure: predictor -> `how_sure_by_size`.
         unlabelled: `flagged_if_unlabelled`.
         recipes: `by_recipe`; empty where there is one recipe.
     """
 
-    tables: dict[str, dict[str, list[Experiment]]]
+    tables: dict[str, dict[str, list[Metrics]]]
     accuracies: Tensor
-    sure: dict[str, list[Tensor]]
-    unlabelled: dict[int, float]
+    sure: dict[str, dict[str, list[float]]]
+    unlabelled: dict[str, float]
     recipes: dict[str, Tensor]
 
 
@@ -1414,46 +1404,30 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
     """Every predictor and kind of matrix (Tables 2, 5 and 9), by size, training micro-datasets, voter and recipe."""
     from tqdm import tqdm
 
-    runs, growth = splits(spectra.micro_datasets, protocol), train_sizes(spectra, protocol)
-    gaps = unseen_sizes(spectra, runs)
-    groups = {"runs": runs, "gaps": [gap for its in gaps for gap in its]}
-    others = ("frobenius", "whole-model", "ridge", "gda")
-    with one_thread_each(), tqdm(total=len(others) + 6, unit="predictor", disable=None) as progress:
+    runs = splits(spectra.micro_datasets, protocol)
+    with one_thread_each(), tqdm(total=len(PREDICTORS) + 4, unit="predictor", disable=None) as progress:
 
         def done(found: T) -> T:
             progress.update()
             return found
 
-        votes = done(in_groups(lambda together: votes_of(spectra, together), groups | growth))
-        fits = done(in_groups(lambda together: log_ridge(spectra, together), groups))
-        found = {name: done(PREDICTORS[name](spectra, runs)) for name in others}
-        sure = {
-            name: done([how_sure(spectra, run, PREDICTORS[name]) for run in runs]) for name in ("dsire", "log-ridge")
+        found = {name: done(predictor(spectra, runs)) for name, predictor in PREDICTORS.items()}
+        for matrix in spectra.kinds if len(spectra.kinds) > 1 else []:
+            found[f"dsire {matrix}"] = dsire(spectra.of_matrices([matrix]), runs)
+        tables = {
+            "compare": {name: judge(spectra, runs, its) for name, its in found.items()},
+            "by_train_size": by_train_size(spectra, dsire, protocol),
+            "by_size": by_size(spectra, runs, found["dsire"]),
+            "unseen_sizes": unseen_sizes(spectra, runs),
         }
+        hits = [
+            (votes.named == spectra.sizes[run.test]).double().mean(1)
+            for votes, run in zip(votes_of(spectra, runs), runs, strict=True)
+        ]
+        sure = {name: done(how_sure_by_size(spectra, runs, PREDICTORS[name])) for name in ("dsire", "log-ridge")}
         unlabelled = done(flagged_if_unlabelled(spectra, runs))
         recipes = done(by_recipe(spectra, runs) if spectra.of_recipe.any() else {})
-    found["dsire"], found["dsire-average"] = [*map(majority, votes["runs"])], [*map(average, votes["runs"])]
-    found["log-ridge"], found["log-regression"] = fits["runs"], [*map(unrounded, fits["runs"])]
-    rows = {name: judge_all(spectra, runs, found[name]) for name in PREDICTORS}
-    kinds = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in spectra.voters)]
-    for matrix in kinds if len(kinds) > 1 else []:
-        its = torch.tensor([voter.matrix == matrix for voter in spectra.voters])
-        parts = [Votes(named[its], candidates) for named, candidates in votes["runs"]]
-        rows[f"dsire {matrix}"] = judge_all(spectra, runs, map(majority, parts))
-    unseen = {
-        "dsire": map(majority, votes["gaps"]),
-        "log-ridge": fits["gaps"],
-        "log-regression": map(unrounded, fits["gaps"]),
-    }
-    tables = {
-        "compare": rows,
-        "by_train_size": {count: judge_all(spectra, its, map(majority, votes[count])) for count, its in growth.items()},
-        "by_size": by_size(spectra, rows["dsire"]),
-        "unseen_sizes": {name: judge_together(spectra, gaps, its) for name, its in unseen.items() if any(gaps)},
-    }
-    hits = [named == spectra.sizes[run.test] for (named, _), run in zip(votes["runs"], runs, strict=True)]
-    accuracies = 100 * torch.stack([its.double().mean(1) for its in hits]).mean(0)
-    return Comparison(tables, accuracies, sure, unlabelled, recipes)
+    return Comparison(tables, 100 * torch.stack(hits).mean(0), sure, unlabelled, recipes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3593,23 +3567,21 @@ def paper_values(settings: dict[str, Any]) -> dict[str, tuple[tuple[float, float
     return PAPER.get(settings["subset"], {}) if same else {}
 
 
-def report_lines(
-    spectra: Spectra, experiments: list[Experiment], settings: dict[str, Any], notes: list[str]
-) -> list[str]:
+def report_lines(spectra: Spectra, experiments: list[Metrics], settings: dict[str, Any], notes: list[str]) -> list[str]:
+    """What is said of the labelled models and of one predictor, and the paper's values for both."""
     predictor, train_size = settings["predictor"], settings["train_size"]
     protocol = f"{train_size} micro-datasets to train, {spectra.count - train_size} to test"
     lines = describe(spectra, settings, notes, f"{counted(len(experiments), 'experiment')}: {protocol}")
-    lines += [f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}"]
-    lines += [f"{predictor:16}" + summary_cells(mean_and_std(experiments).values())]
-    paper = paper_values(settings).get(predictor)
-    return [*lines, f"{'paper':16}" + summary_cells(paper)] if paper else lines
+    lines.append(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}")
+    lines.append(f"{predictor:16}" + summary_cells(mean_and_std(experiments).values()))
+    if paper := paper_values(settings).get(predictor):
+        lines.append(f"{'paper':16}" + summary_cells(paper))
+    return lines
 
 
-def comparison_lines(
-    spectra: Spectra, comparison: Comparison, paper: dict[str, tuple[tuple[float, float], ...]]
-) -> list[str]:
+def comparison_lines(spectra: Spectra, comparison: Comparison, settings: dict[str, Any]) -> list[str]:
     """The tables of `--compare`: the first one with the difference of the MAE to dsire's, and the paper's values."""
-    tables, accuracies, *_ = comparison
+    tables, accuracies, paper = comparison.tables, comparison.accuracies, paper_values(settings)
     rows = tables["compare"]
     title = f"\n{'':15}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}{'MAE less dsire':>17}"
     lines = [title + (f"{'MAE, MAPE, accuracy in the paper':>48}" if paper else "")]
@@ -3624,7 +3596,8 @@ def comparison_lines(
     lines += breakdown("dsire by dataset size", tables["by_size"], "mae", "accuracy")
     if tables["unseen_sizes"]:
         lines += breakdown("sizes that were left out", tables["unseen_sizes"], "mae", "mape")
-    lines += sure_lines(spectra, comparison)
+    lines += sure_lines(comparison)
+    lines += recipe_lines(spectra, comparison.recipes) if comparison.recipes else []
     lines.append(f"\n{'accuracy of single voters':48}{'%':>8}")
     for name, accuracy in sorted(by_block(spectra, accuracies).items(), key=lambda item: -item[1]):
         lines.append(f"{'mean of ' + name:48}{accuracy:8.1f}")
@@ -3633,79 +3606,73 @@ def comparison_lines(
     return lines
 
 
-def sure_lines(spectra: Spectra, comparison: Comparison) -> list[str]:
+def sure_lines(comparison: Comparison) -> list[str]:
     """How often the 90 % set holds the true size, and how many sizes it has, by size; how often the check speaks."""
-    sizes, tests = spectra.sizes, [run.test for run in comparison.tables["compare"]["dsire"]]
-    head = "".join(f"{name + ' holds %':>20}{'sizes':>8}" for name in comparison.sure)
-    lines, checks = [f"\n{'the 90 % set':16}{head}"], []
-    for size in [*sizes.unique().tolist(), 0]:
-        cells = ""
-        for tables in comparison.sure.values():
-            its = [table[sizes[test] == size] if size else table for table, test in zip(tables, tests, strict=True)]
-            _, held, members, flagged = torch.cat(its).mean(0).tolist()
-            cells += f"{100 * held:20.1f}{members:8.2f}"
-        lines.append(f"{size or 'all':<16}{cells}")
-        unlabelled = f"{100 * comparison.unlabelled[size]:24.1f}" if size in comparison.unlabelled else ""
-        checks.append(f"{size or 'all':<24}{100 * flagged:20.1f}{unlabelled}")
-    lines.append(f"\n{'not comparable %':24}{'size labelled':>20}{'size not labelled':>24}")
-    return lines + checks + (recipe_lines(spectra, comparison.recipes) if comparison.recipes else [])
+    sure, unlabelled = comparison.sure, comparison.unlabelled
+    sets = [f"\n{'the 90 % set':16}" + "".join(f"{name + ' holds %':>20}{'sizes':>8}" for name in sure)]
+    checks = [f"\n{'not comparable %':24}{'size labelled':>20}{'size not labelled':>24}"]
+    for size, (_, _, _, flagged) in sure["log-ridge"].items():
+        sets.append(f"{size:16}" + "".join(f"{100 * its[size][1]:20.1f}{its[size][2]:8.2f}" for its in sure.values()))
+        without = f"{100 * unlabelled[size]:24.1f}" if size in unlabelled else ""
+        checks.append(f"{size:24}{100 * flagged:20.1f}{without}")
+    return sets + checks
 
 
 def recipe_lines(spectra: Spectra, recipes: dict[str, Tensor]) -> list[str]:
     """`by_recipe` as tables: what is asked in rows, what is labelled in columns; then every pair of recipes."""
-    names, seen, unseen, pairs = sorted(set(spectra.recipes)), recipes["seen"], recipes["unseen"], recipes["pairs"]
-    count = len(names)
-    alone = pairs.diagonal(dim1=0, dim2=1).T
-    other = (pairs.sum(0) - alone) / (count - 1)
-    lines = []
+    names, pairs, lines = sorted(set(spectra.recipes)), recipes["pairs"], []
+    alone = pairs.diagonal().T
+    other = (pairs.sum(0) - alone) / (len(names) - 1)
+    asked = torch.stack([recipes["seen"], recipes["unseen"], alone, other], dim=1)
     for title, column, scale in (("MAE", 0, 1), ("in the 90 % set %", 1, 100), ("not comparable %", 3, 100)):
         heads = "".join(f"{head:>14}" for head in ("all recipes", "all others", "its own", "one other"))
         lines.append(f"\nlog-ridge, {title:17}{heads}")
-        table = scale * torch.stack([its[:, column] for its in (seen, unseen, alone, other)], dim=1)
+        table = scale * asked[..., column]
         rows = [*zip(names, table.tolist(), strict=True), ("mean", table.mean(0).tolist())]
         lines += [f"{name:28}" + "".join(f"{value:14.2f}" for value in values) for name, values in rows]
-    for title, column, scale in (("not comparable %", 3, 100), ("MAE", 0, 1)):
-        lines.append(f"\n{f'{title}, rows labelled':28}" + "".join(f"{number:>7}" for number in range(1, count + 1)))
+    for title, column, scale, digits in (("not comparable %", 3, 100, 0), ("MAE", 0, 1, 2)):
+        lines.append(f"\n{f'{title}, rows labelled':28}" + "".join(f"{number + 1:7}" for number in range(len(names))))
         for number, (name, row) in enumerate(zip(names, (scale * pairs[..., column]).tolist(), strict=True), start=1):
-            lines.append(f"{f'{number} {name}':28}" + "".join(f"{value:7.{0 if scale > 1 else 2}f}" for value in row))
+            lines.append(f"{f'{number} {name}':28}" + "".join(f"{value:7.{digits}f}" for value in row))
     return lines
 
 
-def breakdown(title: str, rows: dict[str, list[Experiment]], *metric_names: str) -> list[str]:
+def breakdown(title: str, rows: dict[str, list[Metrics]], *metric_names: str) -> list[str]:
     """A table of two metrics."""
     heads = {"mae": "MAE", "mape": "MAPE %", "accuracy": "accuracy %"}
-    summaries = {name: mean_and_std(experiments) for name, experiments in rows.items()}
-    head = "".join(f"{heads[metric]:>16}" for metric in metric_names)
-    cells = {name: summary_cells(its[metric] for metric in metric_names) for name, its in summaries.items()}
-    return [f"\n{title:32}{head}", *(f"{name:32}{cell}" for name, cell in cells.items())]
+    lines = [f"\n{title:32}" + "".join(f"{heads[metric]:>16}" for metric in metric_names)]
+    for name, experiments in rows.items():
+        summary = mean_and_std(experiments)
+        lines.append(f"{name:32}" + summary_cells(summary[metric] for metric in metric_names))
+    return lines
 
 
 def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
     """What is printed of one file: what the reader has to know first is in the first line."""
-    regression = estimate.predictor.startswith("log-")
-    votes = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
+    interval = estimate.predictor == "log-regression"
+    votes, what = ("weights", "weight") if estimate.predictor.startswith("log-") else ("votes", "votes")
     its = counted(estimate.estimate, "image")
-    lines = [f"\n{estimate.file}: {estimate.first[0] if estimate.first else its}"]
-    lines += [f"  {'because':10}{reason}" for reason in estimate.first[1:]]
-    lines += [f"  {'would be':10}{its}"] if estimate.first else []
-    shares = ", ".join(f"{size}: {share:.0%}" for size, share in votes if share >= 0.005)
-    lines += [f"  {'weights' if regression else 'votes':10}{shares}"]
+    title, *reasons = estimate.first or [its]
+    said = [("because", reason) for reason in reasons]
+    if estimate.first:
+        said.append(("would be", its))
+    shares = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
+    said.append((votes, ", ".join(f"{size}: {share:.0%}" for size, share in shares if share >= 0.005)))
     if estimate.alike and not estimate.first:
         low, high, models, right = estimate.alike
-        what = "of the weight" if regression else "of the votes"
-        held = "held the size" if estimate.predictor == "log-regression" else "were right"
-        like = f"of {counted(int(models), 'left-out model')} with {low:.0%} to {high:.0%} {what}, {right:g} {held}"
-        lines.append(f"  {'like it':10}{like if models else f'no left-out model had {low:.0%} {what}'}")
-        link = " to " if estimate.predictor == "log-regression" else " or "
-        members = link.join(map(str, dict.fromkeys(estimate.confidence_set))) or "none of the sizes"
-        lines.append(
-            f"  {'so':10}{members}, with {percent(confidence)} confidence, if its recipe and size are labelled"
-        )
+        held = "held the size" if interval else "were right"
+        left_out = counted(int(models), "left-out model")
+        like = f"of {left_out} with {low:.0%} to {high:.0%} of the {what}, {right:g} {held}"
+        said.append(("like it", like if models else f"no left-out model had {low:.0%} of the {what}"))
+        members = (" to " if interval else " or ").join(map(str, dict.fromkeys(estimate.confidence_set)))
+        sure = f"with {percent(confidence)} confidence, if its recipe and size are labelled"
+        said.append(("so", f"{members or 'none of the sizes'}, {sure}"))
     if estimate.recipe:
-        lines.append(f"  {'recipe':10}nearest to {shown(estimate.recipe)}")
+        said.append(("recipe", f"nearest to {shown(estimate.recipe)}"))
     if estimate.stated_size:
-        lines.append(f"  {'stated':10}{estimate.stated_size}")
-    return lines + [f"  {'note':10}{warning}" for warning in estimate.warnings]
+        said.append(("stated", str(estimate.stated_size)))
+    said += [("note", warning) for warning in estimate.warnings]
+    return [f"\n{estimate.file}: {title}", *(f"  {label:10}{text}" for label, text in said)]
 
 
 def write_report(output: Path, settings: dict[str, Any], notes: list[str], details: dict[str, Any]) -> None:
@@ -3721,26 +3688,26 @@ def write_table(path: Path, rows: list[list[Any]]) -> None:
     write_whole(path, text.getvalue())
 
 
-def write_predictions(output: Path, spectra: Spectra, experiments: list[Experiment]) -> None:
+def write_predictions(output: Path, spectra: Spectra, runs: list[Split], predictions: list[Prediction]) -> None:
     """predictions.csv: a row for each test model of each experiment."""
     table: list[list[Any]] = [["experiment", "name", "size", "predicted", "vote_share"]]
-    for number, run in enumerate(experiments, start=1):
-        shares = run.prediction.shares.max(-1).values.tolist()
-        for model, predicted, share in zip(run.test.tolist(), run.prediction.sizes.tolist(), shares, strict=True):
+    for number, (run, its) in enumerate(zip(runs, predictions, strict=True), start=1):
+        shares = its.shares.amax(-1).tolist()
+        for model, predicted, share in zip(run.test.tolist(), its.sizes.tolist(), shares, strict=True):
             table.append([number, spectra.names[model], int(spectra.sizes[model]), predicted, f"{share:.4f}"])
     write_table(output / "predictions.csv", table)
 
 
 def write_estimates(output: Path, found: list[Estimate], refused: dict[str, str]) -> None:
     """estimates.csv: a row for each file; those that were refused come last, without an estimate."""
-    names = ["file", "estimate", "vote_share", "confidence_set", "recipe_p", "stated_size", "warnings"]
-    table: list[list[Any]] = [names]
+    heads = ["file", "estimate", "vote_share", "confidence_set", "recipe_p", "stated_size", "warnings"]
+    table: list[list[Any]] = [heads]
     for one in found:
         link = "-" if one.predictor == "log-regression" else " "
         members, share = link.join(map(str, one.confidence_set)), f"{max(one.votes.values()):.4f}"
         said = "; ".join([*one.first, *one.warnings])
         table.append([one.file, one.estimate, share, members, f"{one.recipe_p:.4f}", one.stated_size or "", said])
-    table += [[file, *[""] * (len(names) - 2), error] for file, error in refused.items()]
+    table += [[file, "", "", "", "", "", error] for file, error in refused.items()]
     write_table(output / "estimates.csv", table)
 
 
@@ -3771,25 +3738,20 @@ def draw(output: Path, figures: dict[str, Callable[[Any], Any]]) -> None:
             write_whole(output / f"{name}.png", image.getvalue())
 
 
-def confusion_figure(plt: Any, spectra: Spectra, experiments: list[Experiment], title: str) -> Any:
+def confusion_figure(plt: Any, true: Tensor, predicted: Tensor, title: str) -> Any:
     """Of the models of each size, the percentage that each size was predicted for (Figures 4 and 6)."""
-    true = torch.cat([spectra.sizes[run.test] for run in experiments])
-    predicted = torch.cat([run.prediction.sizes for run in experiments])
-    rows, columns = true.unique().tolist(), predicted.unique().tolist()
-    if len(columns) > 20:
+    if len(predicted.unique()) > 20:
         predicted = nearest_size(predicted, true.unique())
         title += "\n(answers between the sizes are counted at the nearest one)"
-    columns = sorted(set(rows) | set(predicted.unique().tolist()))
-    table = torch.stack(
-        [torch.stack([(predicted[true == row] == column).double().mean() for column in columns]) for row in rows]
-    )
+    rows, columns = true.unique(), torch.cat([true, predicted]).unique()
+    hits = [(predicted[true == row, None] == columns).double().mean(0) for row in rows]
+    table = 100 * torch.stack(hits).numpy()
     figure, axes = plt.subplots(figsize=(6, 5))
-    image = axes.imshow(100 * table.numpy(), cmap="cividis", vmin=0, vmax=100)
-    for y, x in np.ndindex(*table.shape):
-        value = 100 * float(table[y, x])
+    image = axes.imshow(table, cmap="cividis", vmin=0, vmax=100)
+    for (y, x), value in np.ndenumerate(table):
         axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="black" if value > 60 else "white")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), columns.tolist())
+    axes.set_yticks(range(len(rows)), rows.tolist())
     axes.set(xlabel="predicted dataset size (images)", ylabel="true dataset size (images)", title=title)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="models of the true size (%)", shrink=0.85)
@@ -3801,12 +3763,26 @@ def size_colours(plt: Any, sizes: Sequence[Any]) -> list[Any]:
     return [plt.get_cmap("viridis")(0.9 * index / max(1, len(sizes) - 1)) for index in range(len(sizes))]
 
 
+def draw_spectra(plt: Any, axis: Any, spectra: Spectra, band: bool) -> None:
+    """The mean spectrum of the models of each dataset size, over voters too; in a band of its standard deviation."""
+    sizes, indices = spectra.sizes.unique().tolist(), range(1, spectra.values.shape[-1] + 1)
+    for size, colour in zip(sizes, size_colours(plt, sizes), strict=True):
+        chosen = spectra.values[:, spectra.sizes == size].cpu()
+        mean = chosen.mean((0, 1))
+        axis.plot(indices, mean, color=colour, marker="o", markersize=4, label=size)
+        if band:
+            spread = chosen.std((0, 1), correction=0)
+            axis.fill_between(indices, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
+    axis.set_xlabel("index of the singular value")
+    axis.set_xticks(indices[:: max(1, len(indices) // 8)])
+
+
 def spectra_figure(plt: Any, spectra: Spectra) -> Any:
     """The Frobenius norm and the singular values of BA by dataset size, means over layers (Figure 2)."""
-    matrix = spectra.voters[-1].matrix  # BA, unless it was left out
-    values = spectra.of_matrices([matrix]).values.cpu()
+    matrix = [*spectra.kinds][-1]  # BA, unless it was left out
+    spectra = spectra.of_matrices([matrix])
     sizes = spectra.sizes.unique().tolist()
-    norms = values.square().sum(-1).sqrt().mean(0)
+    norms = spectra.values.cpu().square().sum(-1).sqrt().mean(0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
     parts = left.boxplot([norms[spectra.sizes == size].numpy() for size in sizes], showfliers=False, patch_artist=True)
     for box, median, colour in zip(parts["boxes"], parts["medians"], size_colours(plt, sizes), strict=True):
@@ -3814,42 +3790,28 @@ def spectra_figure(plt: Any, spectra: Spectra) -> Any:
         median.set(color="black")
     left.set_xticks(range(1, len(sizes) + 1), sizes)
     left.set(xlabel="dataset size (images)", ylabel=f"Frobenius norm of {matrix}, mean over layers")
-    for size, colour in zip(sizes, size_colours(plt, sizes), strict=True):
-        mean = values[:, spectra.sizes == size].mean((0, 1))
-        right.plot(range(1, len(mean) + 1), mean, color=colour, marker="o", markersize=4, label=size)
-    right.set(xlabel="index of the singular value", ylabel=f"singular value of {matrix}, mean over layers")
-    right.set_xticks(range(1, values.shape[-1] + 1, max(1, values.shape[-1] // 8)))
+    draw_spectra(plt, right, spectra, band=False)
+    right.set_ylabel(f"singular value of {matrix}, mean over layers")
     right.legend(title="images")
     return figure
 
 
 def layers_figure(plt: Any, spectra: Spectra) -> Any:
     """The spectra of the first down-block's and the last up-block's layer by dataset size (Figure 3)."""
-    matrix = spectra.voters[-1].matrix
-    layers = [voter.layer for voter in spectra.voters if voter.matrix == matrix]
-    down = [layer for layer in layers if layer.startswith("down_blocks")] or layers
-    up = [layer for layer in layers if layer.startswith("up_blocks")] or layers
-    sizes = spectra.sizes.unique().tolist()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4))
-    for axis, layer, place in zip(
-        axes, (down[0], up[-1]), ("first down-block layer", "last up-block layer"), strict=True
-    ):
-        values = spectra.of_voters([Voter(layer, matrix)]).values[0].cpu()
-        indices = range(1, values.shape[-1] + 1)
-        for size, colour in zip(sizes, size_colours(plt, sizes), strict=True):
-            chosen = values[spectra.sizes == size]
-            mean, spread = chosen.mean(0), chosen.std(0, correction=0)
-            axis.plot(indices, mean, color=colour, marker="o", markersize=4, label=size)
-            axis.fill_between(indices, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-        axis.set_title(f"{place}\n{layer.replace('_transformer', chr(10) + 'transformer')}", fontsize=9)
-        axis.set(xlabel="index of the singular value")
-        axis.set_xticks(range(1, values.shape[-1] + 1, max(1, values.shape[-1] // 8)))
-    axes[0].set_ylabel(f"singular value of {matrix}\n(mean ± std over models)")
-    axes[-1].legend(title="images")
+    matrix = [*spectra.kinds][-1]
+    voters = spectra.of_matrices([matrix]).voters
+    down = [voter for voter in voters if voter.layer.startswith("down_blocks")] or voters
+    up = [voter for voter in voters if voter.layer.startswith("up_blocks")] or voters
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    for axis, voter, place in ((left, down[0], "first down-block layer"), (right, up[-1], "last up-block layer")):
+        draw_spectra(plt, axis, spectra.of_voters([voter]), band=True)
+        axis.set_title(f"{place}\n{voter.layer.replace('_transformer', chr(10) + 'transformer')}", fontsize=9)
+    left.set_ylabel(f"singular value of {matrix}\n(mean ± std over models)")
+    right.legend(title="images")
     return figure
 
 
-def training_figure(plt: Any, growth: dict[str, list[Experiment]], title: str) -> Any:
+def training_figure(plt: Any, growth: dict[str, list[Metrics]], title: str) -> Any:
     """Accuracy and MAE by the number of training micro-datasets (Figure 5)."""
     counts = [int(count) for count in growth]
     summaries = [mean_and_std(experiments) for experiments in growth.values()]
@@ -3872,16 +3834,14 @@ def estimates_figure(plt: Any, rows: list[tuple[Estimate, Spectra, Spectra]]) ->
     Args:
         rows: each with the estimate, the labelled models, and the file's model on the same voters.
     """
-    matrices = [matrix for matrix in MATRICES if any(voter.matrix == matrix for voter in rows[0][1].voters)]
-    shape, inches = (len(rows), len(matrices)), (3.2 * len(matrices), 2.8 * len(rows))
-    figure, axes = plt.subplots(*shape, figsize=inches, squeeze=False)
+    height, width = len(rows), len(rows[0][1].kinds)
+    figure, axes = plt.subplots(height, width, figsize=(3.2 * width, 2.8 * height), squeeze=False)
     for line, (estimate, fitted, file) in zip(axes, rows, strict=True):
         sizes, recipes = fitted.sizes.unique(), sorted(set(fitted.recipes)) or ["labelled models"]
         place = torch.searchsorted(sizes, fitted.sizes)
         held = [number for number, size in enumerate(sizes.tolist()) if estimate.holds(size) and not estimate.first]
-        for axis, matrix in zip(line, matrices, strict=True):
-            its = torch.tensor([voter.matrix == matrix for voter in fitted.voters])
-            known, asked = (log_norms(side)[:, its].mean(1).clamp(-300, 300).exp() for side in (fitted, file))
+        for axis, (matrix, voters) in zip(line, fitted.kinds.items(), strict=True):
+            known, asked = (log_norms(side)[:, voters].mean(1).clamp(-300, 300).exp() for side in (fitted, file))
             for number, (recipe, colour) in enumerate(zip(recipes, size_colours(plt, recipes), strict=True)):
                 chosen, shift = fitted.of_recipe == number, 0.6 * (number + 0.5) / len(recipes) - 0.3
                 axis.scatter(place[chosen] + shift, known[chosen], s=6, color=colour, label=recipe)
@@ -4055,33 +4015,36 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
     """Evaluate, compare and draw what the arguments ask for; what is written is written before anything is printed."""
     predictor = PREDICTORS[arguments.predictor]
     protocol = Protocol(arguments.experiments, arguments.train_size, arguments.seed)
-    results = evaluate(spectra, predictor, protocol)
-    lines = report_lines(spectra, results, settings, notes)
-    summary = mean_and_std(results)
+    runs = splits(spectra.micro_datasets, protocol)
+    predictions = predictor(spectra, runs)
+    experiments = judge(spectra, runs, predictions)
+    lines, summary = report_lines(spectra, experiments, settings, notes), mean_and_std(experiments)
     details: dict[str, Any] = {
-        "experiments": [{"mae": run.mae, "mape": run.mape, "accuracy": run.accuracy} for run in results],
+        "experiments": [its._asdict() for its in experiments],
         "mean": {metric: mean for metric, (mean, _) in summary.items()},
         "std": {metric: std for metric, (_, std) in summary.items()},
     }
     if arguments.compare:
-        found = compare(spectra, protocol)
-        lines += comparison_lines(spectra, found, paper_values(settings))
-        tables = found.tables.items()
-        details |= {name: {row: mean_and_std(its) for row, its in table.items()} for name, table in tables}
-        details["by_layer"] = dict(zip(map(" ".join, spectra.voters), found.accuracies.tolist(), strict=True))
-        details["by_block"] = by_block(spectra, found.accuracies)
-        details["unlabelled"] = found.unlabelled
-        details["sure"] = {name: torch.cat(its).mean(0).tolist() for name, its in found.sure.items()}
-        details["by_recipe"] = {name: table.tolist() for name, table in found.recipes.items()}
+        comparison = compare(spectra, protocol)
+        lines += comparison_lines(spectra, comparison, settings)
+        for name, table in comparison.tables.items():
+            details[name] = {row: mean_and_std(its) for row, its in table.items()}
+        details["by_layer"] = dict(zip(map(" ".join, spectra.voters), comparison.accuracies.tolist(), strict=True))
+        details["by_block"] = by_block(spectra, comparison.accuracies)
+        details["unlabelled"] = comparison.unlabelled
+        details["sure"] = {name: its["all"] for name, its in comparison.sure.items()}
+        details["by_recipe"] = {name: table.tolist() for name, table in comparison.recipes.items()}
     with said_at_the_end(lines):
         if arguments.output:
-            write_predictions(arguments.output, spectra, results)
+            write_predictions(arguments.output, spectra, runs, predictions)
             write_report(arguments.output, settings, notes, details)
         if arguments.plots:
             growth = by_train_size(spectra, predictor, protocol)
+            true = spectra.sizes[torch.cat([run.test for run in runs])]
+            predicted = torch.cat([its.sizes for its in predictions])
             title = f"{arguments.predictor} on {settings['subset']}, {len(spectra.names)} models"
             figures: dict[str, Callable[[Any], Any]] = {
-                "confusion": lambda plt: confusion_figure(plt, spectra, results, title),
+                "confusion": lambda plt: confusion_figure(plt, true, predicted, title),
                 "spectra": lambda plt: spectra_figure(plt, spectra),
                 "layers": lambda plt: layers_figure(plt, spectra),
                 "training": lambda plt: training_figure(plt, growth, f"{title} (bars: std over experiments)"),

@@ -194,7 +194,8 @@ def bench_spectra(folder: Path) -> None:
 
 def bench_evaluation() -> None:
     spectra, protocol = random_spectra(300, 32), dsire.Protocol()
-    found = [run.prediction.sizes.tolist() for run in dsire.evaluate(spectra, dsire.dsire, protocol)]
+    runs = dsire.splits(spectra.micro_datasets, protocol)
+    found = [its.sizes.tolist() for its in dsire.dsire(spectra, runs)]
     expected = neighbours(spectra, protocol)
     ours, plain = [], []
     for _ in range(TURNS):

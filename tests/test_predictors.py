@@ -209,19 +209,24 @@ def test_a_regression_names_a_size_that_was_left_out() -> None:
 
 def test_unseen_sizes_are_those_between_two_others() -> None:
     spectra = power_law([1, 10, 20, 50])
-    gaps = dsire.unseen_sizes(spectra, dsire.splits(spectra.micro_datasets, dsire.Protocol(3, 2, 0)))
-    for gap in [gap for its in gaps for gap in its]:
-        assert not set(spectra.sizes[gap.train].tolist()) & set(spectra.sizes[gap.test].tolist())
-        assert len(gap.train) == 2 * 3
-    predictions = dsire.dsire(spectra, [gap for its in gaps for gap in its])
-    runs = dsire.judge_together(spectra, gaps, predictions)
-    assert len(runs) == 3
+    runs = dsire.splits(spectra.micro_datasets, dsire.Protocol(3, 2, 0))
     for run in runs:
-        assert sorted(set(spectra.sizes[run.test].tolist())) == [10, 20]
-        assert len(run.test) == 8  # four test micro-datasets
-        # the nearest in n ** -0.5: 20 for 10 (0.09 and 0.68 away), and 50 for 20 (0.08) or 10 (0.09)
-        assert run.prediction.sizes.tolist() == [20 if size == 10 else 50 for size in spectra.sizes[run.test].tolist()]
-        assert (run.mae, run.accuracy) == (20.0, 0.0)
+        gaps = dsire.without_sizes(spectra, run)
+        assert list(gaps) == [1, 10, 20, 50]
+        for size, gap in gaps.items():
+            assert set(spectra.sizes[gap.test].tolist()) == {size}
+            assert size not in spectra.sizes[gap.train].tolist()
+            assert (len(gap.train), len(gap.test)) == (2 * 3, 4)  # four test micro-datasets
+    # the nearest in n ** -0.5: 20 for 10 (0.09 and 0.68 away), and 50 for 20 (0.08) or 10 (0.09)
+    assert dsire.unseen_sizes(spectra, runs)["dsire"] == [(20, 125, 0)] * 3  # errors 10 of 10 and 30 of 20
+
+
+def test_sizes_that_cannot_be_left_out() -> None:
+    """Of three sizes one is trained on alone, and another one is not asked for."""
+    spectra = power_law([1, 10, 50], micro_datasets=2)
+    run = dsire.Split(torch.tensor([1, 4]), torch.tensor([0, 1, 3, 4]))
+    assert [(size, gap.test.tolist()) for size, gap in dsire.without_sizes(spectra, run).items()] == [(1, [0, 3])]
+    assert dsire.unseen_sizes(spectra, [run]) == {}
 
 
 def log_ridge_of(train: dsire.Spectra, test: dsire.Spectra) -> dsire.Prediction:
@@ -255,16 +260,12 @@ def test_the_tables_of_a_comparison(part: dsire.Spectra) -> None:
     hits = [(its_votes == true).mean(1) for its_votes, true in zip(votes, sizes, strict=True)]
     np.testing.assert_allclose(found.accuracies.numpy(), 100 * np.mean(hits, 0))
     for name, predictor in dsire.PREDICTORS.items():
-        assert maes(found.tables["compare"][name]) == maes(dsire.evaluate(part, predictor, PROTOCOL))
+        assert found.tables["compare"][name] == dsire.evaluate(part, predictor, PROTOCOL)
     for matrix in dsire.MATRICES:
         alone = dsire.evaluate(part.of_matrices([matrix]), dsire.dsire, PROTOCOL)
-        assert maes(found.tables["compare"][f"dsire {matrix}"]) == maes(alone)
+        assert found.tables["compare"][f"dsire {matrix}"] == alone
     for count, its in found.tables["by_train_size"].items():
-        assert maes(its) == maes(dsire.evaluate(part, dsire.dsire, PROTOCOL._replace(train_size=int(count))))
-
-
-def maes(experiments: list[dsire.Experiment]) -> list[float]:
-    return [experiment.mae for experiment in experiments]
+        assert its == dsire.evaluate(part, dsire.dsire, PROTOCOL._replace(train_size=int(count)))
 
 
 def test_compare_and_plots(run: Run, tiny_wise: Path, tmp_path: Path) -> None:
@@ -300,6 +301,8 @@ def test_plots_of_gda_and_nothing_lost_with_too_few_models(run: Run, tiny_wise: 
     small = [f"--dataset={tiny_wise}", "--subset=medium_4", "--experiments=1", "--predictor=gda", "--matrices=B"]
     assert run(*small, "--train_size=2", "--plots").code == 0
     assert run(*small, "--train_size=1").says("--train_size")
+    recipes = [f"--dataset={tiny_wise}", "--subset=recipes_4", "--experiments=1", "--predictor=gda", "--matrices=B"]
+    assert run(*recipes, "--train_size=1", "--plots").code == 0  # one micro-dataset is enough, under seven recipes
 
 
 def test_the_paper_is_quoted_only_where_it_was_judged_alike() -> None:

@@ -29,13 +29,13 @@ def test_every_vote_and_prediction_on_the_shipped_subset(
 ) -> None:
     models, expected = shipped_by_the_book
     assert list(zip(shipped.names, shipped.sizes.tolist(), strict=True)) == models
-    results = dsire.evaluate(shipped, dsire.dsire, dsire.Protocol(experiments=10, train_size=15, seed=42))
+    runs = dsire.splits(shipped.micro_datasets, dsire.Protocol(experiments=10, train_size=15, seed=42))
     votes = dsire.votes_of(shipped, [split_of(reference.train, reference.test) for reference in expected])
-    for result, its_votes, reference in zip(results, votes, expected, strict=True):
-        assert result.test.tolist() == reference.test
+    for run, found, its_votes, reference in zip(runs, dsire.dsire(shipped, runs), votes, expected, strict=True):
+        assert run.test.tolist() == reference.test
         assert its_votes.named.tolist() == reference.votes.tolist()
-        assert result.prediction.sizes.tolist() == reference.predicted
-        assert result.prediction.shares.max(-1).values.tolist() == pytest.approx(reference.shares)
+        assert found.sizes.tolist() == reference.predicted
+        assert found.shares.max(-1).values.tolist() == pytest.approx(reference.shares)
 
 
 def models_that_share_spectra() -> tuple[np.ndarray, list[Model]]:
@@ -174,11 +174,8 @@ def test_metrics_by_hand() -> None:
 
 
 def test_mean_and_population_standard_deviation() -> None:
-    prediction = dsire.Prediction(torch.tensor([1]), torch.tensor([1]), torch.ones(1, 1))
-    runs = [
-        dsire.Experiment(torch.tensor([0]), prediction, *values) for values in ((1.0, 10.0, 50.0), (3.0, 10.0, 70.0))
-    ]
-    assert dsire.mean_and_std(runs) == {"mae": (2, 1), "mape": (10, 0), "accuracy": (60, 10)}
+    experiments = [dsire.Metrics(1, 10, 50), dsire.Metrics(3, 10, 70)]
+    assert dsire.mean_and_std(experiments) == {"mae": (2, 1), "mape": (10, 0), "accuracy": (60, 10)}
 
 
 def test_an_experiment_worked_out_by_hand() -> None:
@@ -186,10 +183,11 @@ def test_an_experiment_worked_out_by_hand() -> None:
     models = [("x", 1), ("x", 5), ("y", 1), ("y", 5)]
     right, wrong = [[9.0], [1.0], [8.0], [2.0]], [[1.0], [9.0], [9.0], [1.0]]
     spectra = spectra_of(torch.tensor([right, wrong, right]), models)
-    (result,) = dsire.evaluate(spectra, dsire.dsire, dsire.Protocol(experiments=1, train_size=1, seed=42))
-    assert result.prediction.sizes.tolist() == [1, 5]
-    assert result.prediction.shares.max(-1).values.tolist() == pytest.approx([2 / 3, 2 / 3])
-    assert (result.mae, result.mape, result.accuracy) == (0, 0, 100)
+    protocol = dsire.Protocol(experiments=1, train_size=1, seed=42)
+    (found,) = dsire.dsire(spectra, dsire.splits(spectra.micro_datasets, protocol))
+    assert found.sizes.tolist() == [1, 5]
+    assert found.shares.max(-1).values.tolist() == pytest.approx([2 / 3, 2 / 3])
+    assert dsire.evaluate(spectra, dsire.dsire, protocol) == [(0, 0, 100)]
 
 
 def test_only_the_chosen_matrices_vote() -> None:
