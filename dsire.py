@@ -1470,6 +1470,7 @@ LDM_OUTSIDE = {
     **{"time_embed_0": "time_embedding_linear_1", "time_embed_2": "time_embedding_linear_2"},
     **{"label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2"},
 }
+MERGE_IT = ", whose change of the weights is not read here: merge it into its model, and judge that with --base"
 OTHER_METHODS = {
     "(IA)3": r"\.ia3_l|\.on_input$",
     "VeRA": r"\.vera_|^vera_",
@@ -1478,9 +1479,6 @@ OTHER_METHODS = {
     "OFT": r"\.oft_",
     "stacked experts' (target_parameters)": r"\.(?:experts|base_layer)\.lora_[AB]\b",
 }
-
-
-MERGE_IT = ", whose change of the weights is not read here: merge it into its model, and judge that with --base"
 
 
 def in_network(path: str) -> tuple[str, str]:
@@ -1615,10 +1613,8 @@ def weight_matrices(keys: Iterable[str], file: str, network: str = "") -> dict[s
 # Weights in parquet: the layout of LoRA-WiSE
 
 
-def different_lengths(file: str, column: str, one: int, other: int) -> DsireError:
-    return DsireError(
-        f"{file}: column {shown(column)} has rows of {one} and of {other} numbers; all models must have one rank"
-    )
+def in_column(file: str, name: str, what: str) -> DsireError:
+    return DsireError(f"{file}: column {shown(name)} {what}")
 
 
 def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
@@ -1642,22 +1638,21 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
         nulls += values.null_count
         bounds = pc.min_max(pc.list_value_length(values)).as_py()
         if bounds["min"] != bounds["max"]:
-            raise different_lengths(file, name, length * bounds["min"], length * bounds["max"])
+            few, many = length * bounds["min"], length * bounds["max"]
+            raise in_column(file, name, f"has rows of {few} and of {many} numbers; all must be alike")
         shape.append(bounds["max"] or 0)
         length, values = length * shape[-1], values.flatten()
     alpha = name.endswith(".alpha")  # also a whole number, and not in a list
     real = pa.types.is_floating(values.type) or (alpha and pa.types.is_integer(values.type))
     if not real or not (alpha or isinstance(column.type, (*kinds, pa.BaseExtensionType))):
-        raise DsireError(f"{file}: column {shown(name)} holds {column.type}, not lists of floating point numbers")
+        raise in_column(file, name, f"holds {column.type}, not lists of floating point numbers")
     if nulls + values.null_count:
-        raise DsireError(f"{file}: column {shown(name)} has {nulls + values.null_count} nulls: a matrix is missing")
+        raise in_column(file, name, f"has {nulls + values.null_count} nulls: a matrix is missing")
     if alpha and length != 1:
-        raise DsireError(f"{file}: column {shown(name)} has {length} numbers a row; alpha is one")
+        raise in_column(file, name, f"has {length} numbers a row; alpha is one")
     if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
         numbers_of = " x ".join(map(str, shape[:2]))
-        raise DsireError(
-            f"{file}: column {shown(name)} has {numbers_of} numbers a row, which --rank={rank} does not fit"
-        )
+        raise in_column(file, name, f"has {numbers_of} numbers a row, which --rank={rank} does not fit")
     numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
     return numbers.to(torch.float64).view(-1, length)
 
@@ -1693,11 +1688,10 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
     Raises:
         DsireError: a column is missing, has nulls, or does not hold sizes from 1 up and names.
     """
-    missing = {"label", "name"} - set(table.column_names)
-    if len(table.column_names) > len(set(table.column_names)):
-        raise DsireError(f"{file}: there are two columns `label`, `name` or `recipe`; there must be one of each")
-    if missing:
-        raise DsireError(f"{file}: column {' and '.join(sorted(missing))} is missing; there must be `label` and `name`")
+    there = Counter(table.column_names)
+    if wrong := [column for column in LABELS if there[column] > 1 or (not there[column] and column != "recipe")]:
+        need = "there must be one `label` and one `name`, and there may be one `recipe`"
+        raise DsireError(f"{file}: column {' and '.join(wrong)} is missing or there twice; {need}")
     found: dict[str, list[Any]] = {}
     for column in table.column_names:
         found[column] = table.column(column).to_pylist()
@@ -1705,18 +1699,17 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
         if classes and {type(value) for value in found[column]} == {str}:
             continue  # the names themselves
         if None in found[column]:
-            raise DsireError(f"{file}: column {column} has nulls; every model needs its size and micro-dataset")
+            raise in_column(file, column, "has nulls; every model needs its size and micro-dataset")
         if classes and not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
-            raise DsireError(f"{file}: column {column} has numbers that are none of its {len(classes)} classes")
+            raise in_column(file, column, f"has numbers that are none of its {len(classes)} classes")
         found[column] = [classes[number] for number in found[column]] if classes else found[column]
     if not {type(name) for name in found["name"]} <= {int, str}:
-        raise DsireError(f"{file}: column name holds {table.column('name').type}; it must hold strings or integers")
-    wrong = [label for label in found["label"] if not dataset_size(label)]
-    if wrong:
-        label = repr(wrong[0]) if isinstance(wrong[0], (int, float, str)) else shown(wrong[0])
-        raise DsireError(f"{file}: column label holds {shown(label)}; a dataset size is a whole number from 1 up")
-    sizes = torch.tensor([dataset_size(label) for label in found["label"]], dtype=torch.int64)
-    return sizes, found["name"], [str(recipe) for recipe in found.get("recipe", [])]
+        raise in_column(file, "name", f"holds {table.column('name').type}; it must hold strings or integers")
+    sizes = [dataset_size(label) for label in found["label"]]
+    if 0 in sizes:
+        label = shown(repr(found["label"][sizes.index(0)]))
+        raise in_column(file, "label", f"holds {label}; a dataset size is a whole number from 1 up")
+    return torch.tensor(sizes), found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
 
 @contextmanager
@@ -1735,12 +1728,9 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
 
 def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "") -> Spectra:
-    """The spectra of all models in one parquet shard, one pair of columns at a time.
+    """The spectra of all models in one parquet shard, one pair of columns at a time; `classes` is `Shard.classes`.
 
     A shard is one row group, so a pair of columns is a ready batch of equal shapes, and whole rows are never held.
-
-    Args:
-        classes: `Shard.classes`.
 
     Raises:
         DsireError: the file can't be read, or a column doesn't fit; the message names it.
@@ -1757,8 +1747,8 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others, _ = lora_layers(columns, path.name)
         if unlike := next((pair for pair in layers.values() if "A" not in pair), None):
-            what = f"{path.name}: {shown(next(iter(unlike.values())))} is of a {method_of(unlike)}"
-            raise DsireError(f"{what}, which is read from files only: put the models into a folder")
+            of_what = f"is of a {method_of(unlike)}, which is read from files only: put the models into a folder"
+            raise in_column(path.name, next(iter(unlike.values())), of_what)
 
         def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
@@ -1768,8 +1758,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
         largest = max(8 * its.column(i).num_values for its in groups for i in range(its.num_columns))
         at_once = max(1, BYTES_AT_ONCE // (2 * largest))
         spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
-    unused = sorted(set(others) - {*LABELS})
-    notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
+    notes = []
+    if unused := sorted(set(others) - {*LABELS}):
+        notes.append(f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}")
     if any("magnitude" in pair for pair in layers.values()):
         notes.append(MAGNITUDES)
     # of DoRA, BA is not the change of the weights
@@ -1786,8 +1777,7 @@ def pair_spectra(
 
     Args:
         pair: the columns of "A" and "B", and perhaps of LoCon's "mid", of "alpha" and of DoRA's "magnitude".
-        models: what the file's models are called in a message.
-        shard: what the file is called in a message.
+        models, shard: what the file's models, and the file, are called in a message.
     """
     found: list[Tensor] = []
     lengths: dict[str, int] = {}
@@ -1799,14 +1789,12 @@ def pair_spectra(
         flat = {matrix: matrix_values(table.column(name), name, rank, shard) for matrix, name in pair.items()}
         for matrix, name in pair.items():
             here = flat[matrix].shape[1]
-            if lengths.setdefault(matrix, here) != here:
-                raise different_lengths(shard, name, lengths[matrix], here)
+            if (first := lengths.setdefault(matrix, here)) != here:
+                raise in_column(shard, name, f"has rows of {first} and of {here} numbers; all must be alike")
         a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
         if "mid" in flat:  # as in lora_matrices
             if lengths["mid"] % rank**2:
-                raise DsireError(
-                    f"{shard}: column {shown(pair['mid'])} has {lengths['mid']} numbers a row, not r x r x k"
-                )
+                raise in_column(shard, pair["mid"], f"has {lengths['mid']} numbers a row, not r x r x k")
             a = torch.einsum("nijk,njm->nimk", flat["mid"].view(len(table), rank, rank, -1), a).flatten(2)
         try:
             spectra = batch_spectra(a, b, device)
@@ -1852,14 +1840,10 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
     """
     first = shards[0]
     for shard, file in zip(shards, files, strict=True):
-        different = shard.shapes.keys() ^ first.shapes.keys()
-        if different:
-            raise DsireError(f"layer {min(different)} is in only one of the shards {files[0]} and {file}")
-        for layer, shape in shard.shapes.items():
-            if shape != first.shapes[layer]:
-                raise DsireError(
-                    f"{file}: layer {layer} has [out, in, rank] {shape}, and in {files[0]} {first.shapes[layer]}"
-                )
+        for layer in sorted(shard.shapes.keys() | first.shapes.keys()):
+            here, there = (its.shapes.get(layer, "absent") for its in (shard, first))
+            if here != there:
+                raise DsireError(f"{file}: layer {layer} [out, in, rank] is {here}, and in {files[0]} {there}")
     names = [name for shard in shards for name in shard.names]
     recipes = [recipe for shard in shards for recipe in shard.recipes]
     if len(recipes) not in (0, len(names)):
@@ -1881,8 +1865,7 @@ def what_is_unusual(spectra: Spectra) -> list[str]:
     pairs = torch.stack([spectra.micro_datasets, spectra.sizes, spectra.of_recipe], dim=1)
     different = pairs.unique(dim=0)
     notes = []
-    if len(pairs) > len(different):
-        twice = len(pairs) - len(different)
+    if twice := len(pairs) - len(different):
         notes.append(f"{twice} models have the micro-dataset and size of another one; all are kept")
     sizes = different[:, :2].unique(dim=0)[:, 0].bincount()  # of each micro-dataset
     lacking = (sizes < len(spectra.sizes.unique())).nonzero().flatten().tolist()
@@ -1899,8 +1882,6 @@ def what_is_unusual(spectra: Spectra) -> list[str]:
 SAFE_ENDINGS = (".safetensors",)
 PICKLE_ENDINGS = (".bin", ".pt", ".ckpt", ".pth")
 WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
-
-
 # Pickles that trainers leave beside a LoRA: many hold more than tensors, so that they can't even be looked into
 TRAINERS = re.compile("optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states[.]")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
@@ -2148,11 +2129,7 @@ def settings_of(pair: dict[str, str], settings: dict[str, dict[str, Any]]) -> tu
 
 
 def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) -> Any:
-    """What PEFT's rank_pattern or alpha_pattern says of a layer.
-
-    Raises:
-        DsireError: a pattern is no expression that is safe to match.
-    """
+    """What PEFT's rank_pattern or alpha_pattern says of a layer; refused if it is not safe to match."""
     patterns = settings.get(field) or {}
     if not isinstance(patterns, dict):
         raise DsireError(f"{field} is {shown(repr(patterns))}, not an object of patterns")
@@ -2173,19 +2150,17 @@ def peft_scale(settings: dict[str, Any], path: str, rank: int | None) -> float:
 
     Args:
         rank: r of this layer, from the shape of A; None if its matrices are whole, so that only the settings say it.
-
-    Raises:
-        DsireError: an alpha is no number, or r is not the rank.
     """
     r = by_pattern(settings, "rank_pattern", path, settings.get("r"))
     rank = r if rank is None else rank
     if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
         raise DsireError(f"r is {shown(repr(r))}, but {shown(path)} has rank {rank}")
     alpha = by_pattern(settings, "alpha_pattern", path, settings["lora_alpha"])
-    for name, number in (("lora_alpha", alpha), ("scale", settings.get("scale", 1))):
+    scale = settings.get("scale", 1)
+    for name, number in (("lora_alpha", alpha), ("scale", scale)):
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
             raise DsireError(f"{name} is {shown(repr(number))}, not a number")
-    return float(alpha) * float(settings.get("scale", 1)) / (rank**0.5 if settings.get("use_rslora") else rank)
+    return float(alpha) * float(scale) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
@@ -2214,7 +2189,7 @@ def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
         rank: r of the layer; None for a LoKr of two whole matrices, which has none (LyCORIS then ignores alpha).
 
     Raises:
-        DsireError: an alpha is no number, or contradicts the matrices.
+        DsireError: an alpha is no number, or the settings contradict the matrices.
     """
     file, (own, place) = weights.path.name, settings_of(pair, weights.settings)
     if "alpha" in pair:
@@ -2270,11 +2245,7 @@ class Layer(NamedTuple):
 
 
 def finite_weights(stored: Tensor, key: str, file: str) -> Tensor:
-    """W of a layer, float64 [out, in]; of a convolution, [out, in k k].
-
-    Raises:
-        DsireError: it is not a finite matrix.
-    """
+    """W of a layer, float64 [out, in]; of a convolution, [out, in k k]; refused if it is not finite."""
     matrix = as_float64(stored, key, file).flatten(1)
     if not matrix.isfinite().all():
         raise DsireError(f"{file}: {shown(key)} holds a NaN or an infinity")
@@ -2303,11 +2274,7 @@ class Base:
 
 @contextmanager
 def open_base(item: str | None, cache: Path) -> Iterator[Base | None]:
-    """Open the base model that the user means, a file, folder or Hub repository; None if there is none.
-
-    Raises:
-        DsireError: there is none there, a file of it can't be read, or two of its files have the same layer.
-    """
+    """Open the base model that the user means, a file, folder or Hub repository; None if none is meant."""
     if item is None:
         yield None
         return
@@ -2331,11 +2298,7 @@ def open_base(item: str | None, cache: Path) -> Iterator[Base | None]:
 def model_layers(
     keys: list[str], file: str, base: Base | None
 ) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
-    """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model.
-
-    Raises:
-        NoLora: it is neither.
-    """
+    """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model; NoLora if it is neither."""
     try:
         return lora_layers(keys, file, strays=True)
     except NoLora:
@@ -2381,9 +2344,6 @@ def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tens
     Args:
         old: W₀, flattened to [out, in].
         magnitude: m, a number for each row, or, where its shape is [1, in], for each column.
-
-    Raises:
-        RuntimeError: the shapes do not fit.
     """
     merged = old + scale * b @ a
     of_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and magnitude.numel() == old.shape[1]
@@ -2459,7 +2419,9 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
         raise DsireError(f"{file}: {keys} do not fit each other ({shown(error)})") from error
     unstated = "alpha" not in pair and "lora_alpha" not in settings
     facts = {"unscaled": unstated, "zero": scale == 0, "unchanged": not unscaled.any()}
-    return Layer(shape, spectra, facts, uncommon_init(settings))
+    init = settings.get("init_lora_weights")
+    uncommon = "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
+    return Layer(shape, spectra, facts, uncommon)
 
 
 def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
@@ -2493,10 +2455,6 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         much = f"most of its weights differ by over {FOREIGN:.0%} of theirs"
         raise DsireError(f"{path.name} is no fine-tune of this base: {much}")
     notes, first = about_layers(pairs, layers, others, lone)
-    notes += [
-        f"init_lora_weights is {init}: BA is not the change of the weights, only models that began so are comparable"
-        for init in sorted({its.init for its in layers.values()} - {""})
-    ]
     stated = stated_size(weights.header)
     if stated:
         notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
@@ -2539,9 +2497,8 @@ def about_layers(
     if others:
         notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
     for fact, what in (("lacking", "are not in the base"), ("other shape", "have another shape in the base")):
-        if total(fact):
-            some = three_of(layer for layer, its in layers.items() if its.facts.get(fact))
-            notes.append(f"{total(fact):g} layers {what}, such as {some}")
+        if some := [layer for layer, its in layers.items() if its.facts.get(fact)]:
+            notes.append(f"{len(some)} layers {what}, such as {three_of(some)}")
     if any("magnitude" in pair and "BA" not in layers[layer].spectra for layer, pair in pairs.items()):
         notes.append(MAGNITUDES)
     if unscaled:
@@ -2554,13 +2511,10 @@ def about_layers(
         notes.append(f"the change of the weights is zero in {unchanged} of {judged} layers{left_out}")
     if total("rounding") > total("change") / 2 > 0:
         notes.append("most of the change of the weights is no larger than the last digit that they are stored with")
+    for init in sorted({its.init for its in layers.values()} - {""}):
+        unlike = "BA is not the change of the weights, only models that began so are comparable"
+        notes.append(f"init_lora_weights is {init}: {unlike}")
     return notes, [UNTRAINED] if unchanged == judged else []
-
-
-def uncommon_init(settings: dict[str, Any]) -> str:
-    """How A and B began, if BA is not the change of the weights then; else ""."""
-    init = settings.get("init_lora_weights")
-    return "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
 
 
 # kohya's entries about how a model was trained; numbers are compared as numbers
@@ -2586,15 +2540,12 @@ def stated_recipe(header: dict[str, str]) -> list[str]:
         except ValueError:
             return shown(text)
 
-    facts = [
-        f"{what} {plain(header[key])}".strip() for key, what in RECIPE.items() if header.get(key, "None") != "None"
-    ]
-    try:
+    stated = {what: header[key] for key, what in RECIPE.items() if header.get(key, "None") != "None"}
+    facts = [f"{what} {plain(text)}".strip() for what, text in stated.items()]
+    with suppress(KeyError, ValueError):
         each = int(header.get("ss_batch_size_per_device", 1)) * int(header.get("ss_gradient_accumulation_steps", 1))
         images = int(header["ss_max_train_steps"]) * int(header.get("ss_total_batch_size", each))
         facts.append(f"{counted(images, 'image')} seen")  # steps times batch
-    except (KeyError, ValueError):
-        pass
     return [", ".join(facts)] if facts else []
 
 
@@ -2608,26 +2559,22 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
     def whole(number: Any) -> int:
         return number if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**53 else 0
 
+    def objects(its: Any) -> list[dict[str, Any]]:
+        return [one for one in its if isinstance(one, dict)] if isinstance(its, list) else []
+
     sets, folders = (parsed(header.get(key, "")) for key in ("ss_datasets", "ss_dataset_dirs"))
-    images: Counter[tuple[Any, int]] = Counter()  # how many folders there are of a name and a number of images
-    for one in sets if isinstance(sets, list) else []:
-        parts = one.get("subsets") if isinstance(one, dict) else None
-        parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-        images |= Counter(
-            (str(part.get("image_dir") or part.get("metadata_file")), whole(part.get("img_count")))
-            for part in parts
-            if not part.get("is_reg")
-        )
+    images: Counter[tuple[str, int]] = Counter()  # how many folders there are of a name and a number of images
+    for one in objects(sets):
+        parts = [part for part in objects(one.get("subsets")) if not part.get("is_reg")]
+        places = (str(part.get("image_dir") or part.get("metadata_file")) for part in parts)
+        images |= Counter(zip(places, (whole(part.get("img_count")) for part in parts), strict=True))
     key = "ss_datasets"
     if not any(count for _, count in images) and isinstance(folders, dict):
-        key, names = "ss_dataset_dirs", {name: re.sub(r" \(\d+\)$", "", name) for name in folders}
-        images = Counter(
-            {
-                (names[name] if names[name] in folders else name, whole(folder.get("img_count"))): 1
-                for name, folder in folders.items()
-                if isinstance(folder, dict)
-            }
-        )
+        key, images = "ss_dataset_dirs", Counter()
+        for name, folder in folders.items():
+            first = re.sub(r" \(\d+\)$", "", name)
+            if isinstance(folder, dict):
+                images[first if first in folders else name, whole(folder.get("img_count"))] = 1
     total = sum(count * times for (_, count), times in images.items())
     if 0 < total < 2**53:
         return total, key
