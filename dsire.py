@@ -2665,6 +2665,9 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
 # Where the weights come from: a folder, or the Hub
 
 
+CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of models: its path (on disk, or inside the Hub's repository), bytes, and version."""
@@ -2693,8 +2696,8 @@ class Source:
 
 def find_source(
     dataset: str, subset: str | None, revision: str | None, cache: Path, base: Base | None = None
-) -> tuple[Source, list[str]]:
-    """The files of a subset in a folder or on the Hub, and what is to be said of them.
+) -> Source:
+    """The files of a subset in a folder or on the Hub.
 
     Args:
         base: what models in files were fine-tuned from.
@@ -2706,7 +2709,7 @@ def find_source(
     if os.path.isdir(folder):
         if revision is not None:
             raise DsireError(f"--revision is of a dataset on the Hub, and {folder} is a folder: leave it out")
-        return folder_source(folder, subset, base), []
+        return folder_source(folder, subset, base)
     if os.path.exists(folder):
         raise DsireError(f"--dataset={dataset} is a file: give the folder that holds it")
     if folder.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") != 1:
@@ -2724,8 +2727,7 @@ def folder_source(folder: Path, subset: str | None, base: Base | None = None) ->
 
     Its metadata.csv decides which files are read. Without one, LoRA files may lie beside the parquet of their images.
     """
-    labels = metadata_csv(folder)
-    parquet = visible_files(folder, [".parquet"])
+    labels, parquet = metadata_csv(folder), visible_files(folder, [".parquet"])
     loras = visible_files(folder, WEIGHT_ENDINGS)
     if labels is not None or not parquet or (loras and subset is None and all(map(holds_no_lora, parquet))):
         if subset is not None:
@@ -2744,35 +2746,25 @@ def folder_source(folder: Path, subset: str | None, base: Base | None = None) ->
             raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
         if parquet:
             notes.append(f"left out, as LoRA files decide: {counted(len(parquet), 'parquet file')} in {folder}")
-        shards = [shard_on_disk(file, base) for file in files]
-        return Source(str(folder), folder.resolve().name, "", shards, notes)
-    notes, classes = [], ""
-    if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
-        files = sorted((folder / subset.replace("_", "/")).glob("*.parquet"))
-    if folder != SHIPPED or not subset or not files:
-        cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
-        names = [path.relative_to(folder).as_posix() for path in parquet]
-        subset, names, notes, classes = files_of_subset(f"dataset {folder}", cards, names, subset)
-        files = [folder / name for name in names]
-    shards = [replace(shard_on_disk(file), classes=classes) for file in files]
+        return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file, base) for file in files], notes)
+    shipped = sorted((folder / subset.replace("_", "/")).glob("*.parquet")) if subset and folder == SHIPPED else []
+    if subset and shipped:  # it needs neither `datasets` nor the time to import it
+        return Source(str(folder), subset, "", [shard_on_disk(file) for file in shipped])
+    cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
+    paths = [path.relative_to(folder).as_posix() for path in parquet]
+    subset, names, notes, classes = files_of_subset(f"dataset {folder}", cards, paths, subset)
+    shards = [replace(shard_on_disk(folder / name), classes=classes) for name in names]
     return Source(str(folder), subset, "", shards, notes)
 
 
 def shard_on_disk(file: Path, base: Base | None = None) -> Shard:
-    """The file as a shard; what decides its spectra is in the etag.
-
-    Raises:
-        DsireError: it is a link to nothing.
-    """
+    """The file as a shard; what decides its spectra is in the etag."""
     if not file.is_file():
         raise DsireError(f"{file} is a link to a file that is not there")
     parts = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
     etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
     etag += f"-base-{base.identity}" if base else ""
     return Shard(str(file.absolute()), file.stat().st_size, etag)
-
-
-CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
 
 
 def files_of_subset(
@@ -2798,15 +2790,11 @@ def files_of_subset(
         for name, card in cards.items():
             (view / name).write_bytes(card.read_bytes())
 
-        def files_by_split(config: str) -> tuple[dict[str, list[str]], str]:
+        def builder_of(config: str) -> tuple[Any, dict[str, list[str]]]:
+            """The builder of a config, and the files of its splits."""
             builder = datasets.load_dataset_builder(str(view), config, cache_dir=place)
-            named = {
-                str(split): [Path(file).relative_to(view).as_posix() for file in its]
-                for split, its in (builder.config.data_files or {}).items()
-            }
-            features = builder.info.features or {}
-            classes = {name: features[name].names for name in LABELS if hasattr(features.get(name), "names")}
-            return named, json.dumps(classes) if classes else ""
+            files = (builder.config.data_files or {}).items()
+            return builder, {split: [Path(file).relative_to(view).as_posix() for file in its] for split, its in files}
 
         try:
             configs = datasets.get_dataset_config_names(str(view))
@@ -2815,11 +2803,11 @@ def files_of_subset(
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
             subset = subset or configs[0]
-            splits, classes = files_by_split(subset)
+            builder, splits = builder_of(subset)
             of_none = set(names).difference(*splits.values())
             for other in configs if of_none else []:
                 with suppress(OSError, ValueError):  # it holds no parquet
-                    of_none.difference_update(*files_by_split(other)[0].values())
+                    of_none.difference_update(*builder_of(other)[1].values())
         except DsireError:
             raise
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
@@ -2830,11 +2818,13 @@ def files_of_subset(
         files = list(dict.fromkeys(name for split in splits.values() for name in split))
         if not files:
             raise DsireError(f"{what}: subset {subset} has no parquet")
-        notes = [f"the splits {' '.join(splits)} are taken together"] if len(splits) > 1 else []
+        features = builder.info.features or {}
+        classes = {name: features[name].names for name in LABELS if hasattr(features.get(name), "names")}
+        notes = [f"the splits {' '.join(map(str, splits))} are taken together"] if len(splits) > 1 else []
         if of_none:
             left_out = f"{counted(len(of_none), 'parquet file')} of {what} left out, as in no split of a subset"
             notes.append(f"{left_out}, such as {shown(min(of_none))}: name them in the configs of README.md")
-        return subset, files, notes, classes
+        return subset, files, notes, json.dumps(classes) if classes else ""
 
 
 class HubUnreachable(DsireError):
@@ -2930,7 +2920,7 @@ def ask_hub(what: str, question: Callable[[Any], T], download: bool = False) -> 
     raise AssertionError
 
 
-def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> tuple[Source, list[str]]:
+def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> Source:
     """The files of a subset on the Hub, with their SHA-256.
 
     The answer is kept in the cache, and asked for again only when the dataset's commit has changed: a second run
@@ -2938,19 +2928,20 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     """
     what = f"dataset {dataset}" + (f" at revision {revision}" if revision else "")
     digest = hashlib.sha256(json.dumps([dataset, revision, subset]).encode()).hexdigest()[:16]
-    note = cache / "sources" / f"{digest}.json"
-    known = read_source(note)
+    saved = cache / "sources" / f"{digest}.json"
+    known = read_source(saved)
     if known and revision == known.commit:
-        return known, []
+        return known
     try:
         asked = what if dataset == LORA_WISE else f"no folder {dataset} is here; on the Hub, {what}"
         info = ask_hub(asked, lambda api: api.dataset_info(dataset, revision=revision, timeout=30))
     except HubUnreachable as error:
         if not known:
             raise
-        return known, [f"{error}; going on with commit {known.commit[:12]}, as found before"]
+        note = f"{error}; going on with commit {known.commit[:12]}, as found before"
+        return replace(known, notes=[note, *known.notes])
     if known and known.commit == info.sha:
-        return known, []
+        return known
 
     def listed(api: Any) -> dict[str, Any]:
         tree = api.list_repo_tree(info.id, repo_type="dataset", revision=info.sha, recursive=True)
@@ -2968,13 +2959,13 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     facts = [files[name] for name in names]
     shards = [Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id, classes) for fact in facts]
     source = Source(info.id, subset, info.sha, shards, notes)
-    write_json(note, asdict(source))
-    return source, []
+    write_json(saved, asdict(source))
+    return source
 
 
-def read_source(note: Path) -> Source | None:
+def read_source(file: Path) -> Source | None:
     try:
-        saved = json.loads(note.read_text())
+        saved = json.loads(file.read_text())
         return Source(**{**saved, "shards": [Shard(**shard) for shard in saved["shards"]]})
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not written by this version
         return None
@@ -2991,14 +2982,15 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
     folder = cache / "downloads" / source.dataset.replace("/", "--")
     for half in (folder / ".cache").rglob(f"*{shard.etag}*.incomplete"):  # of a run that was killed: it is not resumed
         half.unlink(missing_ok=True)
-    options = {"repo_type": "dataset", "revision": source.commit, "local_dir": folder}
     what = f"{shard.file} of dataset {source.dataset}"
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": source.commit, "local_dir": folder}
+
+    def download(api: Any) -> Path:
+        return Path(api.hf_hub_download(source.dataset, shard.file, **options))
+
     with disk_errors(folder):
         for again in (False, True):
-
-            def download(api: Any, again: bool = again) -> Path:
-                return Path(api.hf_hub_download(source.dataset, shard.file, force_download=again, **options))
-
+            options["force_download"] = again
             path = ask_hub(what, download, download=True)
             if is_whole(path, shard):
                 return path
@@ -3919,7 +3911,7 @@ def run_on(arguments: argparse.Namespace, base: Base | None, notes: list[str]) -
     device = choose_device(arguments.device)
     if process.rank:  # the first process asks the Hub, or says what is wrong
         process.wait_for_others()
-    source, said = find_source(arguments.dataset, arguments.subset, arguments.revision, cache, base)
+    source = find_source(arguments.dataset, arguments.subset, arguments.revision, cache, base)
     if base and not arguments.predict and not source.shards[0].is_lora:
         raise DsireError("--base is what models in files were fine-tuned from; this is parquet: leave it out")
     if not process.rank:
@@ -3932,7 +3924,7 @@ def run_on(arguments: argparse.Namespace, base: Base | None, notes: list[str]) -
         return 0  # the first process evaluates
     if arguments.rank and arguments.rank != spectra.values.shape[-1] and "A" in matrices_of(spectra.voters):
         raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {spectra.values.shape[-1]}")
-    notes += said + about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
+    notes += about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
     there, spectra = matrices_of(spectra.voters), spectra.of_matrices(arguments.matrices)
     if not spectra.voters:
         raise DsireError(f"--matrices {' '.join(arguments.matrices)}: of a {spectra.method} there is only {there}")
