@@ -43,7 +43,6 @@ from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from functools import cache, cached_property
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -3019,18 +3018,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DsireError(
-            f"{path} can't be written ({error.strerror or shown(error)}): free the disk or choose another place; "
-            "nothing that was computed is lost"
-        ) from error
+        advice = "free the disk or choose another place; nothing that was computed is lost"
+        raise DsireError(f"{path} can't be written ({error.strerror or shown(error)}): {advice}") from error
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write under a temporary name, then rename: a file that carries its name is whole.
-
-    Raises:
-        DsireError: the disk is full, or the path can't be written.
-    """
+    """Write under a temporary name, then rename: a file that carries its name is whole."""
     half = path.with_name(f".{path.name}.{os.getpid()}.half")
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     with disk_errors(path):
@@ -3063,10 +3056,9 @@ def save_spectra(spectra: Spectra, shard: Shard, rank: int, cache: Path) -> None
     from safetensors.torch import save
 
     facts = ("voters", "names", "shapes", "notes", "recipes", "method", "first")
-    about = {name: getattr(spectra, name) for name in facts}
-    header = {"key": cache_key(shard, rank), "about": json.dumps(about)}
-    content = save({"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}, header)
-    write_whole(spectra_file(shard, rank, cache), content)
+    about = json.dumps({name: getattr(spectra, name) for name in facts})
+    tensors = {"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}
+    write_whole(spectra_file(shard, rank, cache), save(tensors, {"key": cache_key(shard, rank), "about": about}))
 
 
 def load_spectra(shard: Shard, rank: int, cache: Path) -> Spectra | None:
@@ -3217,13 +3209,12 @@ def compute_spectra(
             path = fetch(source, shard, cache) if load_spectra(shard, rank, cache) is None else None
             return held.pop_all(), path
 
-    left = iter(shards)
-    coming = [in_background(prepare, shard) for shard in islice(left, 1)]
+    coming = [in_background(prepare, shard) for shard in shards[:1]]
     try:
-        for shard in tqdm(shards, unit="shard", disable=None if shards else True):
+        for number, shard in enumerate(tqdm(shards, unit="shard", disable=None if shards else True), start=1):
             held, path = coming.pop().result()
             with held:
-                coming = [in_background(prepare, following) for following in islice(left, 1)]
+                coming = [in_background(prepare, following) for following in shards[number : number + 1]]
                 if path:
                     save_spectra(shard_spectra(path, rank, device, shard.classes), shard, rank, cache)
                     if source.commit and not keep_shards:
@@ -3263,7 +3254,7 @@ def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu",
     missing = [shard for shard, file in found.items() if file is None]
     at_once = 1 if base else None  # given a base, the layers of a file are computed in parallel
     found |= dict(zip(missing, in_parallel(computed, missing, at_once, "file" if missing else ""), strict=True))
-    known, trainings, notes = [], [], []
+    known, trainings, notes = {}, [], []
     for shard, file in found.items():
         path = Path(shard.file)
         name = path.relative_to(folder.absolute()).as_posix()
@@ -3277,13 +3268,24 @@ def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu",
         notes += [(name, note) for note in (*file.first, *file.notes)]
         if size:
             trainings += [] if micro_dataset else [training_of(path, name)]
-            names = [micro_dataset or trainings[-1]]
-            known.append(replace(file, sizes=torch.tensor([size]), names=names, recipes=recipe or [""]))
+            its = [micro_dataset or trainings[-1]]
+            known[name] = replace(file, sizes=torch.tensor([size]), names=its, recipes=recipe or [""])
         else:
             notes.append((name, "left out, as it states no size"))
     if not known:
         advice = f"write {folder / 'metadata.csv'} with file_name,label,name"
         raise DsireError("; ".join([f"no file in {folder} has a size: {advice}", *source.notes]))
+    said = together(notes)
+    if trainings:
+        files = f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv"
+        said.append(f"{files}: each training is a micro-dataset of its own, and nothing says which share images")
+    models = join_files(known, folder)
+    return replace(models, notes=said + models.notes, recipes_stated=labels is None)
+
+
+def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
+    """Models from files (name -> its spectra) as one, on the layers and matrices that all of them have."""
+    known = [*files.values()]
     shapes = [file.shapes for file in known]
     common = {
         layer: min((other[layer] for other in shapes), key=len)
@@ -3294,32 +3296,19 @@ def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu",
     voters = [voter for voter in known[0].voters if voter in of_all and voter.layer in common]
     if not voters:
         raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
-    dropped = {layer for its_shapes in shapes for layer in its_shapes} - common.keys()
-    said = together(notes)
-    if dropped:
-        said.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
-    if trainings:
-        said.append(
-            f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv: each training is "
-            "a micro-dataset of its own, and nothing says which of them share images"
-        )
-    methods = {file.method: file for file in known}
+    notes, methods = [], {file.method: shown(file.names[0]) for file in reversed(known)}
+    if dropped := {layer for its in shapes for layer in its} - common.keys():
+        notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
     if len(methods) > 1:
-        some = ", ".join(f"{method} ({shown(file.names[0])})" for method, file in methods.items())
-        said.append(f"several methods, compared by {matrices_of(voters)} alone: {some}")
+        some = ", ".join(f"{method} ({name})" for method, name in reversed(methods.items()))
+        notes.append(f"several methods, compared by {matrices_of(voters)} alone: {some}")
     spectra = [file.of_voters(voters).values for file in known]
     width = (max if len(methods) == 1 else min)(its[..., its.any(1).any(0)].shape[-1] for its in spectra)
-    return Spectra(
-        torch.cat([of_rank(its, max(1, width)) for its in spectra], dim=1),
-        torch.cat([file.sizes for file in known]),
-        [name for file in known for name in file.names],
-        voters,
-        common,
-        said,
-        [recipe for file in known for recipe in file.recipes],
-        recipes_stated=labels is None,
-        method=" or ".join(sorted(methods)),
-    )
+    models = [
+        replace(file, values=of_rank(its, max(1, width)), voters=voters, shapes=common, notes=notes, first=[])
+        for file, its in zip(known, spectra, strict=True)
+    ]
+    return replace(join_shards(models, [*files]), method=" or ".join(sorted(methods)))
 
 
 def together(notes: list[tuple[str, str]]) -> list[str]:
@@ -3364,9 +3353,8 @@ def metadata_csv(folder: Path) -> dict[Path, tuple[int, str, str]] | None:
     except (OSError, ValueError, csv.Error) as error:
         raise DsireError(f"{path} can't be read ({shown(error)})") from error
     if not {"file_name", "label"} <= set(columns):
-        raise DsireError(
-            f"{path} needs the columns file_name and label, and may have name and recipe; it has {head[:80]!r}"
-        )
+        needs = "needs the columns file_name and label, and may have name and recipe"
+        raise DsireError(f"{path} {needs}; it has {head[:80]!r}")
     if not rows:
         raise DsireError(f"{path} lists no file: give each LoRA file a row of file_name,label,name")
     files = {file.relative_to(folder).as_posix(): file.absolute() for file in folder.rglob("*") if file.is_file()}
