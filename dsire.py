@@ -2136,20 +2136,6 @@ def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) ->
     return default
 
 
-def peft_scale(settings: dict[str, Any], path: str, rank: int | None) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) for rslora, of a layer; its rank is as in `scale_of`."""
-    r = by_pattern(settings, "rank_pattern", path, settings.get("r"))
-    rank = r if rank is None else rank
-    if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
-        raise DsireError(f"r is {shown(repr(r))}, but {shown(path)} has rank {rank}")
-    alpha = by_pattern(settings, "alpha_pattern", path, settings["lora_alpha"])
-    scale = settings.get("scale", 1)
-    for name, number in (("lora_alpha", alpha), ("scale", scale)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
-            raise DsireError(f"{name} is {shown(repr(number))}, not a number")
-    return float(alpha) * float(scale) / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
 def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
     """A tensor of floating point numbers as float64.
 
@@ -2170,7 +2156,7 @@ def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -
 
 
 def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
-    """What the product of a layer's matrices is multiplied by, alpha / r; 1 where nothing states alpha.
+    """What the product of a layer's matrices is multiplied by: alpha / r, or alpha / sqrt(r) for rslora; 1 if unstated.
 
     Args:
         rank: r of the layer, from the shape of A; None for a LoKr of two whole matrices, which has none (LyCORIS then
@@ -2188,9 +2174,17 @@ def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
     if "lora_alpha" not in own:
         return 1.0
     try:
-        return peft_scale(own, place, rank)
+        r = by_pattern(own, "rank_pattern", place, own.get("r"))
+        rank = r if rank is None else rank
+        if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
+            raise DsireError(f"r is {shown(repr(r))}, but {shown(place)} has rank {rank}")
+        alpha, scale = by_pattern(own, "alpha_pattern", place, own["lora_alpha"]), own.get("scale", 1)
+        for name, number in (("lora_alpha", alpha), ("scale", scale)):
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
+                raise DsireError(f"{name} is {shown(repr(number))}, not a number")
     except DsireError as error:
         raise DsireError(f"{file}: its LoRA settings: {error}") from error
+    return float(alpha) * float(scale) / (rank**0.5 if own.get("use_rslora") else rank)
 
 
 def lora_matrices(weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tensor]:
@@ -2819,7 +2813,7 @@ def hub_errors(what: str) -> Iterator[None]:
     """Whatever huggingface_hub and datasets raise, when they are imported too, in one line that says what to do."""
     try:
         yield
-    except (DsireError, KeyboardInterrupt):
+    except DsireError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
@@ -2961,10 +2955,8 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
 def is_whole(path: Path, shard: Shard) -> bool:
     from huggingface_hub.utils.sha import sha_fileobj
 
-    if path.stat().st_size != shard.size:
-        return False
     if not re.fullmatch("[0-9a-f]{64}", shard.etag):  # a small file outside LFS: the Hub gives no SHA-256 of it
-        return True
+        return path.stat().st_size == shard.size
     with path.open("rb") as file:
         return sha_fileobj(file).hex() == shard.etag
 
@@ -3938,7 +3930,7 @@ def predict(
     notes = notes + what_can_be_supported(fitted.sizes, units, arguments.confidence, unit)
     alike: dict[tuple[Any, ...], list[Spectra]] = {}  # files with the same layers are judged together
     width = fitted.values.shape[-1]
-    judged: list[tuple[Estimate, Spectra, Spectra]] = []
+    judged: dict[str, tuple[Estimate, Spectra, Spectra]] = {}
     for path in paths:
         try:
             file = matched(file_spectra(path, base, max(LARGEST, width), settings["device"]), fitted)
@@ -3950,21 +3942,19 @@ def predict(
         known = fitted.of_voters(files[0].voters)
         known = replace(known, values=of_rank(known.values, files[0].values.shape[-1]))
         its = estimates(known, files, arguments.predictor, arguments.confidence, by_recipe)
-        judged += [(estimate, known, file) for estimate, file in zip(its, files, strict=True)]
-    order = {str(path): number for number, path in enumerate(paths)}
-    judged.sort(key=lambda one: order[one[0].file])
-    found = [estimate for estimate, _, _ in judged]
-    if arguments.plots and len(judged) > PICTURED:
-        notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
+        judged |= {file.names[0]: (estimate, known, file) for estimate, file in zip(its, files, strict=True)}
+    drawn = [judged[str(path)] for path in paths if str(path) in judged]
+    found = [estimate for estimate, _, _ in drawn]
+    if arguments.plots and len(drawn) > PICTURED:
+        notes.append(f"estimates.png shows the first {PICTURED} of {len(drawn)} files")
     lines = describe(fitted, settings, notes, f"predictor {arguments.predictor}")
     with said_at_the_end(lines + [line for one in found for line in estimate_lines(one, arguments.confidence)]):
         if arguments.output:
             write_estimates(arguments.output, found, refused)
             details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]
             write_report(arguments.output, settings, notes, {"estimates": details, "refused": refused})
-        if arguments.plots and judged:
-            drawn = judged[:PICTURED]
-            draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn)})
+        if arguments.plots and drawn:
+            draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn[:PICTURED])})
     return not refused
 
 
