@@ -1960,9 +1960,6 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a pickle by name, and its other entries as strings.
 
     Dictionaries may lie within each other: their keys are joined with dots. An alpha that is a number becomes a tensor.
-
-    Raises:
-        DsireError: it isn't a pickle of plain tensors, or a matrix in it is something else.
     """
     outside = content = unpickled(path)
     for _ in range(3):  # a checkpoint's weights lie under this key
@@ -2587,10 +2584,7 @@ def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
 
 
 def holds_no_lora(path: Path, base: Base | None = None) -> bool:
-    """Whether a file is known to be of something else; what is wrong with a LoRA is said when it is judged.
-
-    Given a base, models that were fine-tuned from it are judged, too.
-    """
+    """Whether a file is known to be neither LoRA nor fine-tune of the base; what is wrong with one is said later."""
     if path.suffix.lower() in PICKLE_ENDINGS and TRAINERS.match(path.name):
         return True
     try:
@@ -2633,7 +2627,6 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the weights come from: a folder, or the Hub
-
 
 CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
 
@@ -3345,12 +3338,11 @@ def located(item: str, cache: Path) -> Path:
         raise DsireError(absent(item))
     repository, name = match[1], match[2]
     what = item if name else f"{absent(item)} here; on the Hub, {item}"
-    place = cache / "hub"
-    patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
-    options = {"cache_dir": place, "allow_patterns": patterns}
-    with disk_errors(place):
+    options: dict[str, Any] = {"cache_dir": cache / "hub"}
+    with disk_errors(cache / "hub"):
         if name:
-            return download(what, repository, name, cache_dir=place)
+            return download(what, repository, name, **options)
+        options["allow_patterns"] = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
         return ask_hub(what, lambda api: Path(api.snapshot_download(repository, **options)), download=True)
 
 
@@ -3380,9 +3372,6 @@ def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
     """The rank of the LoRAs in a subset: `rank`, or the one in a name like LoRA-WiSE's, 32 in medium_32_2; and notes.
 
     Any other number in a name (fold_2, seed_42) is no rank, though the columns' lengths may fit it.
-
-    Raises:
-        DsireError: neither says it.
     """
     if source.shards[0].is_lora:
         return rank or LARGEST, []  # LoRA says it itself, layer by layer; of a change of the weights it is a choice
@@ -3778,11 +3767,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def choose_device(name: str | None) -> str:
-    """The device to compute on: the one that is named, or this process's GPU, or the CPU.
-
-    Raises:
-        DsireError: the device can't be used, or not in float64.
-    """
+    """The device to compute on, which must have float64: the one that is named, or this process's GPU, or the CPU."""
     if name is None:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
