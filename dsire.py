@@ -1921,8 +1921,7 @@ class Weights:
         return as_float64(self.tensor(key), key, self.path.name, least_dimensions)
 
 
-@contextmanager
-def open_weights(path: Path) -> Iterator[Weights]:
+def open_weights(path: Path) -> Weights:
     """Open a .safetensors file, or a pickle without running it; tensors are read one by one.
 
     Raises:
@@ -1932,11 +1931,17 @@ def open_weights(path: Path) -> Iterator[Weights]:
         raise DsireError(f"{path}: no such file")
     if path.suffix.lower() in PICKLE_ENDINGS:
         tensors, header = unpickled_tensors(path)
-        yield Weights(path, list(tensors), tensors.__getitem__, header)
-        return
+        return Weights(path, list(tensors), tensors.__getitem__, header)
     from safetensors import SafetensorError, safe_open
 
     unreadable = (SafetensorError, OSError, RuntimeError, ValueError)  # also a file that can't be mapped, or named
+    try:
+        file = safe_open(path, "pt")  # mapped for as long as the function below is there
+        keys, header = list(file.keys()), file.metadata() or {}
+    except unreadable as error:
+        what = what_it_is(path, "a safetensors file")
+        reason = f"is {what}" if what else f"can't be read as safetensors ({shown(error)}); fetch it anew"
+        raise DsireError(f"{path} {reason}") from error
 
     def tensor(key: str) -> Tensor:
         try:
@@ -1945,15 +1950,7 @@ def open_weights(path: Path) -> Iterator[Weights]:
             raise DsireError(f"{path}: {shown(key)} can't be read ({shown(error)})") from error
         return found
 
-    try:
-        opened = safe_open(path, "pt")
-        keys, header = list(opened.keys()), opened.metadata() or {}
-    except unreadable as error:
-        what = what_it_is(path, "a safetensors file")
-        reason = f"is {what}" if what else f"can't be read as safetensors ({shown(error)}); fetch it anew"
-        raise DsireError(f"{path} {reason}") from error
-    with opened as file:
-        yield Weights(path, keys, tensor, header)
+    return Weights(path, keys, tensor, header)
 
 
 def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -2251,27 +2248,24 @@ class Base:
         return hashlib.sha256(json.dumps(facts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
-@contextmanager
-def open_base(item: str | None, cache: Path) -> Iterator[Base | None]:
+def open_base(item: str | None, cache: Path) -> Base | None:
     """Open the base model that the user means, a file, folder or Hub repository; None if none is meant."""
     if item is None:
-        yield None
-        return
+        return None
     place = located(item, cache)
     found = visible_files(place, SAFE_ENDINGS) or visible_files(place, PICKLE_ENDINGS) if place.is_dir() else [place]
     files = sorted({part for file in found for part in parts_of(file)})
     layers: dict[str, tuple[Weights, str]] = {}
-    with ExitStack() as held:
-        for file in files:
-            weights = held.enter_context(open_weights(file))
-            network = f"{file.parent.name}." if place.is_dir() and file.parent != place else ""  # unet/, text_encoder/
-            its = {layer: (weights, key) for layer, key in weight_matrices(weights.keys, file.name, network).items()}
-            if twice := layers.keys() & its.keys():
-                raise DsireError(f"--base={item} holds layer {shown(min(twice))} in two files: name one of them")
-            layers |= its
-        if not layers:
-            raise DsireError(f"--base={item} holds no weight matrices of a model ({' '.join(WEIGHT_ENDINGS)})")
-        yield Base(files, layers)
+    for file in files:
+        weights = open_weights(file)
+        network = f"{file.parent.name}." if place.is_dir() and file.parent != place else ""  # unet/, text_encoder/
+        its = {layer: (weights, key) for layer, key in weight_matrices(weights.keys, file.name, network).items()}
+        if twice := layers.keys() & its.keys():
+            raise DsireError(f"--base={item} holds layer {shown(min(twice))} in two files: name one of them")
+        layers |= its
+    if not layers:
+        raise DsireError(f"--base={item} holds no weight matrices of a model ({' '.join(WEIGHT_ENDINGS)})")
+    return Base(files, layers)
 
 
 def model_layers(keys: list[str], file: str, base: Base | None) -> tuple[Keys, list[str], list[str]]:
@@ -2411,17 +2405,17 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
     Raises:
         DsireError: the file can't be read, is no fine-tune of the base, or holds weights that are not finite.
     """
-    with open_model(path) as weights:
-        pairs, others, lone = model_layers(weights.keys, path.name, base)
+    weights = open_model(path)
+    pairs, others, lone = model_layers(weights.keys, path.name, base)
 
-        def layer_of(layer: str) -> Layer:
-            pair = pairs[layer]
-            if "weight" in pair and base:
-                return full_layer(weights, layer, pair["weight"], base, count, device)
-            return adapter_layer(weights, layer, pair, base, count)
+    def layer_of(layer: str) -> Layer:
+        pair = pairs[layer]
+        if "weight" in pair and base:
+            return full_layer(weights, layer, pair["weight"], base, count, device)
+        return adapter_layer(weights, layer, pair, base, count)
 
-        at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
-        layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
+    at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
+    layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
     found = {layer: its for layer, its in layers.items() if its.spectra}
     if not found:
         raise DsireError(f"{path.name} has no matrix of the base's shape: {three_of(pairs)} here")
@@ -2561,15 +2555,12 @@ def parts_of(path: Path) -> list[Path]:
     return [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}") for number in numbers]
 
 
-@contextmanager
-def open_model(path: Path) -> Iterator[Weights]:
+def open_model(path: Path) -> Weights:
     """Open the weights of a model, all the files that it was saved as, as one."""
-    with ExitStack() as held:
-        parts = [held.enter_context(open_weights(part)) for part in parts_of(path)]
-        place = {key: part for part in parts for key in part.keys}
-        header = {key: value for part in parts for key, value in part.header.items()}
-        keys = [key for part in parts for key in part.keys]
-        yield Weights(path, keys, lambda key: place[key].tensor(key), header)
+    parts = [open_weights(part) for part in parts_of(path)]
+    place = {key: part for part in parts for key in part.keys}
+    header = {key: value for part in parts for key, value in part.header.items()}
+    return Weights(path, [key for part in parts for key in part.keys], lambda key: place[key].tensor(key), header)
 
 
 def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
@@ -2594,10 +2585,10 @@ def holds_no_lora(path: Path, base: Base | None = None) -> bool:
             with parquet_errors(path):
                 lora_layers(pq.read_schema(path).names, path.name)
             return False
-        with open_model(path) as weights:
-            layers = model_layers(weights.keys, path.name, base)[0]
-            # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
-            return not any(weights.tensor(next(iter(pair.values()))).numel() for pair in layers.values())
+        weights = open_model(path)
+        layers = model_layers(weights.keys, path.name, base)[0]
+        # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
+        return not any(weights.tensor(next(iter(pair.values()))).numel() for pair in layers.values())
     except NoLora:
         return True
     except DsireError:
@@ -3274,10 +3265,7 @@ EPOCH = re.compile(r"[-_. /]*(?:(?<![a-z])(?:checkpoint|epoch|step|ckpt)s?[-_ ]?
 
 def training_of(path: Path, name: str) -> str:
     """What the epochs of one training share: the name or session in kohya's header, or their path without the epoch."""
-    header: dict[str, str] = {}
-    if path.suffix.lower() in SAFE_ENDINGS:
-        with open_model(path) as weights:
-            header = weights.header
+    header = open_model(path).header if path.suffix.lower() in SAFE_ENDINGS else {}
     output = header.get("ss_output_name")
     told = None if output in ("last", "epoch", "None") else output  # the names that kohya gives by itself
     return told or header.get("ss_session_id") or EPOCH.sub("", str(Path(name).with_suffix(""))).strip("/") or "."
@@ -3797,8 +3785,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset is None:
         ships = os.path.isdir(SHIPPED / arguments.subset.replace("_", "/"))
         arguments.dataset = str(SHIPPED) if ships else LORA_WISE
-    with open_base(arguments.base, arguments.cache_dir) as base:
-        return run_on(arguments, base, notes)
+    return run_on(arguments, open_base(arguments.base, arguments.cache_dir), notes)
 
 
 def run_on(arguments: argparse.Namespace, base: Base | None, notes: list[str]) -> int:

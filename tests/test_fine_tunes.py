@@ -101,8 +101,8 @@ def lora_file(path: Path, names: dict[str, str], seed: int = 20, scale: float = 
 
 
 def spectra(file: Path, base: Path | str | None = None, count: int = dsire.LARGEST) -> dsire.Spectra:
-    with dsire.open_base(None if base is None else str(base), file.parent / "cache") as opened:
-        return dsire.file_spectra(file, opened, count)
+    opened = dsire.open_base(None if base is None else str(base), file.parent / "cache")
+    return dsire.file_spectra(file, opened, count)
 
 
 def changes(found: dsire.Spectra) -> dict[str, Tensor]:

@@ -47,12 +47,11 @@ def unet() -> UNet2DConditionModel:
 
 
 def matrices_in(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    with dsire.open_weights(path) as weights:
-        found = {}
-        for layer, pair in dsire.lora_layers(weights.keys, path.name, strays=True)[0].items():
-            a, b = dsire.lora_matrices(weights, pair)
-            found[layer] = (a, b, dsire.scale_of(weights, pair, len(a)))
-        return found
+    weights, found = dsire.open_weights(path), {}
+    for layer, pair in dsire.lora_layers(weights.keys, path.name, strays=True)[0].items():
+        a, b = dsire.lora_matrices(weights, pair)
+        found[layer] = (a, b, dsire.scale_of(weights, pair, len(a)))
+    return found
 
 
 def products_in(path: Path) -> dict[str, Tensor]:
