@@ -650,8 +650,8 @@ def local_kernels(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[T
 
     A recipe moves all norms, so that one line through several recipes fits none. Models weigh the less for each other
     the farther they are apart in four numbers: their `mean_log_norms`, and the first two principal components of the
-    features' means by recipe and size. The weight is a Gaussian of 7 standard deviations within a recipe and size, so
-    that neighbouring sizes and recipes still speak for each other.
+    features' means by recipe and size. The weight is 1 / (1 + (d / 8)²) for a distance of d standard deviations within a
+    recipe and size, so that neighbouring sizes and recipes speak for each other, and far ones still a little.
 
     Args:
         x: features of the training models, [models, features].
@@ -674,8 +674,8 @@ def local_kernels(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[T
 
     def kernel(features: Tensor, place: Tensor) -> Tensor:
         apart = place[:, None] - known
-        weights = (-torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart) / (2 * 7**2)).exp()
-        return (1 + features @ x.T / x.shape[1]) * weights
+        distance = torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart)
+        return (1 + features @ x.T / x.shape[1]) / (1 + distance / 8**2)
 
     among, cross = kernel(x, known), kernel(z, asked)
     of_model = among.mean(0)
@@ -968,8 +968,7 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
     """
     known, asked = log_norms(fitted), log_norms(new)
     groups = fitted.groups
-    kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
-    kinds = [kind for kind in kinds if kind.any()]
+    kinds = [*fitted.kinds.values()]
     far = torch.zeros(len(known), 1 + len(kinds), dtype=torch.float64)
     compared = torch.zeros(len(known), dtype=torch.bool)
     turns = []
@@ -1029,22 +1028,19 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
 def what_is_beyond(fitted: Spectra, new: Spectra, factor: float) -> list[str]:
     """For each new model, in words, the kinds of matrix that are so many times beyond all labelled models', or ""."""
     known, asked = log_norms(fitted), log_norms(new)
-    kinds = [voter.matrix for voter in fitted.voters]
     beyond = (asked - known.amax(0)).clamp_min(0) + (asked - known.amin(0)).clamp_max(0)  # signed; 0 within the range
     said = []
     for its in beyond:
         parts = {}
-        for matrix in sorted(set(kinds), key=MATRICES.index):
-            rows = [row for row, kind in enumerate(kinds) if kind == matrix]
-            usual, most = float(its[rows].median()), rows[int(its[rows].abs().argmax())]
+        for matrix, voters in fitted.kinds.items():
+            usual, most = float(its[voters].median()), int((its.abs() * voters).argmax())
             if abs(usual) > math.log(factor):  # in most layers
                 parts[matrix] = f"{matrix} is {times(usual)}"
             elif abs(float(its[most])) > 3:
                 parts[matrix] = f"{matrix} of {shown(fitted.voters[most].layer)} is {times(float(its[most]))}"
+        alpha = [*parts] == ["BA"] and len(fitted.kinds) == len(MATRICES)
         text = "; ".join(f"{part} as any labelled model's" for part in parts.values())
-        said.append(
-            text + (", A and B are not: another alpha?" if [*parts] == ["BA"] and {*kinds} == {*MATRICES} else "")
-        )
+        said.append(text + (", A and B are not: another alpha?" if alpha else ""))
     return said
 
 
