@@ -650,8 +650,8 @@ def local_kernels(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[T
 
     A recipe moves all norms, so that one line through several recipes fits none. Models weigh the less for each other
     the farther they are apart in four numbers: their `mean_log_norms`, and the first two principal components of the
-    features' means by recipe and size. The weight is 1 / (1 + (d / 8)²) for a distance of d standard deviations within a
-    recipe and size, so that neighbouring sizes and recipes speak for each other, and far ones still a little.
+    features' means by recipe and size. The weight is 1 / (1 + (d / 8)²) for a distance d in standard deviations within
+    a recipe and size, so that neighbouring sizes and recipes speak for each other, and far ones still a little.
 
     Args:
         x: features of the training models, [models, features].
@@ -1218,7 +1218,7 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
     if file.method != fitted.method:
         rank = min(rank, file.values.shape[-1])
         methods = f"it is a {file.method}, and each labelled model a {fitted.method}"
-        first.append(f"another method: {methods}; compared by {matrices_of(voters)} alone")
+        first.append(f"another method: {methods}; compared by {matrices_of(voters)}")
     if 2 * len(common) < len(fitted.shapes):
         shared = f"{len(common)} of the {len(fitted.shapes)} fitted layers"
         first.append(f"only {shared} are in the file with the same shape")
@@ -2303,13 +2303,16 @@ def open_base(item: str | None, cache: Path) -> Iterator[Base | None]:
         yield None
         return
     place = located(item, cache)
-    found = visible_files(place, SAFE_ENDINGS) or visible_files(place, PICKLE_ENDINGS) if place.is_dir() else [place]
-    files = sorted({part for file in found for part in parts_of(file)})
+    files = [place]
+    if place.is_dir():
+        pickles = [file for file in visible_files(place, PICKLE_ENDINGS) if not TRAINERS.match(file.name)]
+        files = visible_files(place, SAFE_ENDINGS) or pickles
+    files = sorted({part for file in files for part in parts_of(file)})
     layers: dict[str, tuple[Weights, str]] = {}
     with ExitStack() as held:
         for file in files:
             weights = held.enter_context(open_weights(file))
-            network = f"{file.parent.name}." if place.is_dir() and file.parent != place else ""  # unet/, text_encoder/
+            network = network_of(file) if file.parent != place and place.is_dir() else ""
             its = {layer: (weights, key) for layer, key in weight_matrices(weights.keys, file.name, network).items()}
             if twice := layers.keys() & its.keys():
                 raise DsireError(f"--base={item} holds layer {shown(min(twice))} in two files: name one of them")
@@ -2319,22 +2322,31 @@ def open_base(item: str | None, cache: Path) -> Iterator[Base | None]:
         yield Base(files, layers)
 
 
-def model_layers(keys: list[str], file: str, base: Base | None) -> tuple[dict[str, dict[str, str]], list[str]]:
+def network_of(path: Path) -> str:
+    """What diffusers' folders, such as text_encoder/, say of the keys of a file in them: "text_encoder.", or ""."""
+    network = f"{path.parent.name}."
+    return network if in_network(f"{network}x") != ("", f"{network}x") else ""
+
+
+def model_layers(keys: list[str], path: Path, base: Base | None) -> tuple[dict[str, dict[str, str]], list[str]]:
     """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model.
 
     Raises:
         NoLora: it is neither.
     """
     try:
-        return lora_layers(keys, file, strays=True)
-    except NoLora:
-        full = weight_matrices(keys, file)
-        if base is None or not full:
+        return lora_layers(keys, path.name, strays=True)
+    except DsireError as error:
+        if base is None:
             raise
-        if not full.keys() & base.layers.keys():
+        for network in (network_of(path), ""):
+            full = weight_matrices(keys, path.name, network)
+            if full.keys() & base.layers.keys():
+                return {layer: {"weight": key} for layer, key in full.items()}, []
+        if isinstance(error, NoLora) and full:
             here, there = three_of(full), three_of(base.layers)
-            raise NoLora(f"{file} has no layer in common with the base: {here} here, {there} there") from None
-        return {layer: {"weight": key} for layer, key in full.items()}, []
+            raise NoLora(f"{path.name} has no layer in common with the base: {here} here, {there} there") from None
+        raise
 
 
 def full_layer(path: Path, weights: Weights, layer: str, key: str, base: Base, count: int, device: str) -> Layer:
@@ -2354,7 +2366,8 @@ def full_layer(path: Path, weights: Weights, layer: str, key: str, base: Base, c
     change = new - old
     last_digit = max(torch.finfo(stored.dtype).eps, torch.finfo(old_type).eps) * new.abs()
     norm, rounding = (float(torch.linalg.vector_norm(its)) for its in (change, change[change.abs() <= last_digit]))
-    facts = {"unchanged": norm == 0, "change": norm**2, "rounding": rounding**2}
+    coarse = max(stored.dtype, old_type, key=lambda dtype: torch.finfo(dtype).eps)  # a copy in half precision
+    facts = {"unchanged": torch.equal(new.to(coarse), old.to(coarse)), "change": norm**2, "rounding": rounding**2}
     facts["foreign"] = norm > FOREIGN * float(torch.linalg.vector_norm(old))
     del new, old, last_digit  # a model's largest matrices take hundreds of megabytes each
     try:
@@ -2364,20 +2377,21 @@ def full_layer(path: Path, weights: Weights, layer: str, key: str, base: Base, c
     return Layer([*change.shape], {"BA": spectrum}, facts)
 
 
-def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's change of the weights, m (W₀ + s B A) / |W₀ + s B A| - W₀ (Liu et al. 2024): [out, in].
+def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor, by_input: bool) -> Tensor:
+    """DoRA's change of the weights, m (W₀ + s B A) / |W₀ + s B A| - W₀ (Liu et al. 2024): [out, in k k].
 
     Args:
-        old: W₀, flattened to [out, in].
-        magnitude: m, a number for each row, or, where its shape is [1, in], for each column.
+        old: W₀, [out, in k k].
+        magnitude: m, a number for each output, or for each input.
 
     Raises:
         RuntimeError: the shapes do not fit.
     """
     merged = old + scale * b @ a
-    of_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and magnitude.numel() == old.shape[1]
-    m = magnitude.reshape(1, -1) if of_columns else magnitude.reshape(-1, 1).expand(len(old), 1)
-    change: Tensor = merged * (m / torch.linalg.vector_norm(merged, dim=0 if of_columns else 1, keepdim=True)) - old
+    grouped = merged.reshape(len(old), len(magnitude) if by_input else 1, -1)
+    m = magnitude.reshape((1, -1, 1) if by_input else (len(old), 1, 1))
+    norms = torch.linalg.vector_norm(grouped, dim=(0, 2) if by_input else 2, keepdim=True)
+    change: Tensor = (grouped * (m / norms)).reshape(old.shape) - old
     return change
 
 
@@ -2431,8 +2445,10 @@ def adapter_layer(
             if method == "LoRA":
                 spectra["BA"] = unscaled * abs(scale)
             elif base and layer in base.layers:
-                magnitude = read_tensor(weights, pair["magnitude"], path.name, 1)
-                change = dora_change(b, a, scale, base.weights(layer)[0], magnitude)
+                magnitude, old = read_tensor(weights, pair["magnitude"], path.name, 1), base.weights(layer)[0]
+                old = old.mT if settings_of(pair, settings)[0].get("fan_in_fan_out") else old  # GPT-2's layers
+                by_input = "dora_scale" in pair["magnitude"] and len(magnitude) == 1 < magnitude.numel()  # of LyCORIS
+                change = dora_change(b, a, scale, old, magnitude.flatten(), by_input)
                 spectra["BA"] = matrix_spectrum(change, count)
         else:
             if "magnitude" in pair:
@@ -2443,10 +2459,6 @@ def adapter_layer(
             of_method = loha_change if method == "LoHa" else lokr_change
             shape, unscaled = of_method(parts, count)
             spectra["BA"] = unscaled * abs(scale)
-        if not all(spectrum.isfinite().all() for spectrum in spectra.values()):
-            raise FloatingPointError
-    except FloatingPointError:
-        raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
     except RuntimeError as error:
         raise DsireError(f"{path.name}: {keys} do not fit each other ({shown(error)})") from error
     stated = "alpha" in pair or "lora_alpha" in settings_of(pair, settings)[0]
@@ -2467,14 +2479,22 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         DsireError: the file can't be read, is no fine-tune of the base, or holds weights that are not finite.
     """
     with open_model(path) as weights:
-        pairs, others = model_layers(weights.keys, path.name, base)
+        pairs, others = model_layers(weights.keys, path, base)
         settings = lora_settings(path, weights.header)
 
         def layer_of(layer: str) -> Layer:
             pair = pairs[layer]
-            if "weight" in pair and base:
-                return full_layer(path, weights, layer, pair["weight"], base, count, device)
-            return adapter_layer(path, weights, layer, pair, settings, base, count)
+            try:
+                if "weight" in pair and base:
+                    found = full_layer(path, weights, layer, pair["weight"], base, count, device)
+                else:
+                    found = adapter_layer(path, weights, layer, pair, settings, base, count)
+                if not all(spectrum.isfinite().all() for spectrum in found.spectra.values()):
+                    raise FloatingPointError
+                return found
+            except FloatingPointError:
+                keys = ", ".join(map(shown, pair.values()))
+                raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
 
         at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
         layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
@@ -2684,7 +2704,7 @@ def holds_no_lora(path: Path, base: Base | None = None) -> bool:
                 lora_layers(pq.read_schema(path).names, path.name)
             return False
         with open_model(path) as weights:
-            layers, _ = model_layers(weights.keys, path.name, base)
+            layers, _ = model_layers(weights.keys, path, base)
             # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
             return not any(weights.tensor(next(iter(pair.values()))).numel() for pair in layers.values())
     except NoLora:
@@ -2711,6 +2731,8 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
     if others:
         hold = f"{counted(len(others), 'file')} {'hold' if len(others) > 1 else 'holds'}"
         notes.append(f"{hold} no LoRA, such as {shown(others[0])}")
+        if not loras and base is None:
+            notes.append("full models are judged with --base")
     return sorted(loras), notes
 
 

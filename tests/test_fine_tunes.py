@@ -321,6 +321,30 @@ def test_layers_that_differ_lack_or_did_not_change_are_counted_and_do_not_vote(b
     assert found.first == []
 
 
+def test_a_copy_in_half_precision_is_untrained_and_so_are_layers_that_were_only_rounded(base: Path) -> None:
+    copy = edited(base, lambda tensors: tensors.update({key: its.half() for key, its in load_file(base).items()}))
+    assert spectra(copy, base).first == [dsire.UNTRAINED]
+
+    def only_one(tensors: Tensors) -> None:
+        one = tensors[f"{Q}.weight"]
+        tensors |= {key: its.half() for key, its in {**load_file(base), f"{Q}.weight": one}.items()}
+
+    assert changes(spectra(edited(base, only_one), base)).keys() == {flat(Q)}
+
+
+def test_a_text_encoder_in_its_folder_is_that_of_the_base(tmp_path: Path) -> None:
+    """Its keys don't name it, in the base's folder nor in that of the fine-tune."""
+    old = {f"{TEXT}.weight": normal(8, 6)}
+    new = {f"{TEXT}.weight": old[f"{TEXT}.weight"] + 0.01 * normal(8, 6, seed=1)}
+    for place, tensors in (("base", old), ("tuned", new)):
+        (tmp_path / place / "text_encoder").mkdir(parents=True)
+        write(tmp_path / place / "text_encoder" / "model.safetensors", tensors)
+    file = tmp_path / "tuned" / "text_encoder" / "model.safetensors"
+    for base in (tmp_path / "base", tmp_path / "base" / "text_encoder" / "model.safetensors"):
+        (spectrum,) = changes(spectra(file, base)).values()
+        torch.testing.assert_close(spectrum[:6], torch.linalg.svdvals(0.01 * normal(8, 6, seed=1)))
+
+
 def test_what_is_no_fine_tune_of_the_base_is_refused(base: Path) -> None:
     another = write(base.with_name("another.safetensors"), model(DIFFUSERS, seed=77))
     assert "no fine-tune of this base" in refusal(another, base)
