@@ -1440,7 +1440,8 @@ MATRIX_KEY = re.compile(
     r"|\.(?P<magnitude>(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.[^.]+)*|m)"
     r"|\.(?P<factor>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.(?!weight)[^.]+)?(?:\.weight)?)"
 )
-MATRIX_OF_WORD = {"down": "A", "up": "B", "mid": "mid"}
+MATRIX_OF_WORD = {"down": "A", "a": "A", "up": "B", "b": "B"}
+LONGEST_KEY = 1000  # no layer's path is longer; to match such a key could take for ever
 # A matrix of a full model; embeddings are left out, and what turns out to have one dimension (norms).
 WEIGHT_KEY = re.compile(r"(.+)(?<!embedding)(?<!embeddings)(?<!wte)(?<!wpe)(?<!\bshared)(?<!embed_tokens)[._]weight")
 # What stands before it: wrappers, anywhere; then names of the main network, and of containers that it was saved in.
@@ -1527,13 +1528,19 @@ def ldm_in_diffusers(name: str) -> str:
     return f"{side}_blocks_{block}_{kind}_{index}_{LDM_RESNET.get(match[4], match[4])}"
 
 
-def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; and the other keys.
+def matrix_key(key: str) -> re.Match[str] | None:
+    return MATRIX_KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None
+
+
+def lora_layers(
+    keys: Iterable[str], file: str, strays: bool = False
+) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
+    """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; other keys; and strays.
 
     Of LoHa and LoKr the parts are called as LyCORIS does it, such as "hada_w1_a".
 
     Args:
-        strays: whether layers with one of A and B only, fewer than the whole ones, may be among the other keys.
+        strays: whether layers with one of A and B only, fewer than the whole ones, may be there.
 
     Raises:
         DsireError: another method than LoRA, the same matrix twice, a layer with one of A and B only, or no layer.
@@ -1541,41 +1548,34 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[d
     found: dict[str, dict[str, str]] = {}
     others = []
     for key in keys:
-        if len(key) > 1000:  # no layer's path; to match it could take for ever
-            others.append(key)
-            continue
-        for method, pattern in OTHER_METHODS.items():
-            if re.search(pattern, key):
-                raise DsireError(f"{file}: these are {method} weights ({shown(key)}){MERGE_IT}")
-        match = MATRIX_KEY.fullmatch(key)
+        if method := next((method for method, pattern in OTHER_METHODS.items() if re.search(pattern, key)), ""):
+            raise DsireError(f"{file}: these are {method} weights ({shown(key)}){MERGE_IT}")
+        match = matrix_key(key)
         if not match:
             others.append(key)
             continue
-        word = match["word"] or match["numbered"]
-        letter = match["letter"].upper() if match["letter"] else None
-        named = (match["alpha"] and "alpha") or (match["magnitude"] and "magnitude") or match["factor"]
-        matrix = letter or named or MATRIX_OF_WORD[word]
+        part = match[match.lastgroup or 0].lower()
+        matrix = "magnitude" if match["magnitude"] else MATRIX_OF_WORD.get(part, part)
         pair = found.setdefault(layer_name(match["layer"] + (match["stream"] or "")), {})
         if matrix in pair:
             raise DsireError(f"{file}: {shown(key)} is the same matrix as {shown(pair[matrix])}")
         pair[matrix] = key
     layers = {layer: pair for layer, pair in found.items() if method_of(pair)}
     partial = [pair for layer, pair in found.items() if layer not in layers]
+    lone = [key for pair in partial for key in pair.values()]
     if len(partial) > (len(layers) if strays else 0):
-        lone = next(iter(partial[0].values()))
         lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B, or another part,"
-        raise DsireError(f"{file}: {shown(lone)} has no partner: the layer's {lacking} is missing")
-    of_lora = [key for key in others if re.search(r"(?i)lora(?!.*bias$)", key)]
+        raise DsireError(f"{file}: {shown(lone[0])} has no partner: the layer's {lacking} is missing")
+    of_lora = [key for key in others if len(key) <= LONGEST_KEY and re.search(r"(?i)lora(?!.*bias$)", key)]
     if not layers:
+        what = f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight)"
+        if of_lora:  # it is not left out as something else
+            raise DsireError(f"{what}: the layout of {shown(of_lora[0])} is not known here")
         full = "a full checkpoint, not a LoRA: give the model that it was fine-tuned from with --base"
-        kind = f"it is {full if others else 'empty'}"
-        kind = f"the layout of {shown(of_lora[0])} is not known here" if of_lora else kind
-        error = DsireError if of_lora else NoLora  # a layout that isn't known here is not left out as something else
-        raise error(f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight): {kind}")
-    unknown = [key for key in of_lora if ".lora_" in key and len(key) <= 1000]
-    if unknown:  # what comes next: it may stand between A and B
+        raise NoLora(f"{what}: it is {full if others else 'empty'}")
+    if unknown := [key for key in of_lora if ".lora_" in key]:  # what comes next: it may stand between A and B
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
-    return layers, others + [key for pair in partial for key in pair.values()]
+    return layers, others, lone
 
 
 def method_of(parts: Iterable[str]) -> str:
@@ -1599,11 +1599,11 @@ def weight_matrices(keys: Iterable[str], file: str, network: str = "") -> dict[s
     """
     found: dict[str, str] = {}
     for key in keys:
-        match = WEIGHT_KEY.fullmatch(key) if len(key) <= 1000 else None
-        layer = layer_name(network + match[1]) if match else ""
-        if layer in found:
-            raise DsireError(f"{file}: {shown(key)} is the same layer as {shown(found[layer])}")
-        found |= {layer: key} if match else {}
+        if match := WEIGHT_KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None:
+            layer = layer_name(network + match[1])
+            if layer in found:
+                raise DsireError(f"{file}: {shown(key)} is the same layer as {shown(found[layer])}")
+            found[layer] = key
     return found
 
 
@@ -1751,13 +1751,10 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
             labels = file.read([name for name in LABELS if name in columns])
         sizes, names, recipes = model_labels(labels, path.name, classes)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
-        layers, others = lora_layers(columns, path.name)
+        layers, others, _ = lora_layers(columns, path.name)
         if unlike := next((pair for pair in layers.values() if "A" not in pair), None):
             what = f"{path.name}: {shown(next(iter(unlike.values())))} is of a {method_of(unlike)}"
             raise DsireError(f"{what}, which is read from files only: put the models into a folder")
-        lone = [column for column in others if len(column) <= 1000 and MATRIX_KEY.fullmatch(column)]
-        if lone:  # in a table of models it is no stray: a part of every model is missing
-            raise DsireError(f"{path.name}: {shown(lone[0])} has no partner: the layer's A (down) or B (up) is missing")
 
         def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
@@ -2008,7 +2005,7 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     tensors = {}
     for key, value in named_values(content, set()):
-        match = MATRIX_KEY.fullmatch(key) if len(key) <= 1000 else None
+        match = matrix_key(key)
         if isinstance(value, Tensor):
             tensors[key] = value.detach()
         elif match and match["alpha"] and type(value) in (int, float):
@@ -2328,7 +2325,9 @@ def network_of(path: Path) -> str:
     return network if in_network(f"{network}x") != ("", f"{network}x") else ""
 
 
-def model_layers(keys: list[str], path: Path, base: Base | None) -> tuple[dict[str, dict[str, str]], list[str]]:
+def model_layers(
+    keys: list[str], path: Path, base: Base | None
+) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
     """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model.
 
     Raises:
@@ -2342,7 +2341,7 @@ def model_layers(keys: list[str], path: Path, base: Base | None) -> tuple[dict[s
         for network in (network_of(path), ""):
             full = weight_matrices(keys, path.name, network)
             if full.keys() & base.layers.keys():
-                return {layer: {"weight": key} for layer, key in full.items()}, []
+                return {layer: {"weight": key} for layer, key in full.items()}, [], []
         if isinstance(error, NoLora) and full:
             here, there = three_of(full), three_of(base.layers)
             raise NoLora(f"{path.name} has no layer in common with the base: {here} here, {there} there") from None
@@ -2479,7 +2478,7 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         DsireError: the file can't be read, is no fine-tune of the base, or holds weights that are not finite.
     """
     with open_model(path) as weights:
-        pairs, others = model_layers(weights.keys, path, base)
+        pairs, others, lone = model_layers(weights.keys, path, base)
         settings = lora_settings(path, weights.header)
 
         def layer_of(layer: str) -> Layer:
@@ -2505,7 +2504,7 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
     found = changed or found
     if not found:
         raise DsireError(f"{path.name} has no matrix of the base's shape: {three_of(pairs)} here")
-    notes, first = about_layers(pairs, layers, others, path.name)
+    notes, first = about_layers(pairs, layers, others, lone, path.name)
     notes += [
         f"init_lora_weights is {init}: BA is not the change of the weights, only models that began so are comparable"
         for init in sorted({*inits.values()} - {""})
@@ -2532,12 +2531,13 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
 
 
 def about_layers(
-    pairs: dict[str, dict[str, str]], layers: dict[str, Layer], others: list[str], file: str
+    pairs: dict[str, dict[str, str]], layers: dict[str, Layer], others: list[str], lone: list[str], file: str
 ) -> tuple[list[str], list[str]]:
     """What is to be said of a file's layers, by their facts: notes, and what has to be known before an estimate.
 
     Args:
         others: keys of what is no part of a layer.
+        lone: keys of parts of layers that aren't whole.
 
     Raises:
         DsireError: the model is no fine-tune of the base.
@@ -2552,12 +2552,11 @@ def about_layers(
             f"{file} is no fine-tune of this base: most of its weights differ by over {FOREIGN:.0%} of theirs"
         )
     unscaled, zero, unchanged = (int(total(fact)) for fact in ("unscaled", "zero", "unchanged"))
-    lone = [key for key in others if len(key) <= 1000 and MATRIX_KEY.fullmatch(key)]
-    notes, rest = [], [key for key in others if key not in set(lone)]
+    notes = []
     if lone:
         notes.append(f"{len(lone)} tensors without a partner are left out, such as {shown(lone[0])}")
-    if rest:
-        notes.append(f"{len(rest)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
+    if others:
+        notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
     for fact, what in (("lacking", "are not in the base"), ("other shape", "have another shape in the base")):
         if total(fact):
             some = three_of(layer for layer, its in layers.items() if its.facts.get(fact))
@@ -2704,7 +2703,7 @@ def holds_no_lora(path: Path, base: Base | None = None) -> bool:
                 lora_layers(pq.read_schema(path).names, path.name)
             return False
         with open_model(path) as weights:
-            layers, _ = model_layers(weights.keys, path, base)
+            layers = model_layers(weights.keys, path, base)[0]
             # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
             return not any(weights.tensor(next(iter(pair.values()))).numel() for pair in layers.values())
     except NoLora:
