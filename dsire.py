@@ -1104,10 +1104,8 @@ def estimates(
             first.append(f"not comparable with the labelled models{how}: {REASONS}")
             first.extend(filter(None, [beyond[row]]))
         elif compared < FEWEST_COMPARED:
-            said.append(
-                f"{compared} labelled models that can be left out are too few to tell whether the file is comparable "
-                f"({FEWEST_COMPARED} are needed): only what is {FAR_BEYOND} times beyond all of them is noticed"
-            )
+            models = counted(compared, "labelled model")
+            said.append(f"whether it is comparable can't be told by {models}: label {FEWEST_COMPARED} or more")
         if one.confidence_set and not one.holds(one.estimate):
             said.append("the set does not hold the estimate: trust the set")
         if one.stated_size and one.stated_size != one.estimate:

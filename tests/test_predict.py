@@ -396,7 +396,7 @@ def test_copies_among_the_labelled_models(tmp_path: Path, run: Run) -> None:
     new, copy = estimates_in(outcome)
     assert not any("among the labelled" in warning for warning in new["warnings"])
     assert any("among the labelled" in warning for warning in copy["warnings"])
-    few = f"{2 * len(SIZES)} labelled models that can be left out are too few"
+    few = f"can't be told by {2 * len(SIZES)} labelled models: label 19 or more"
     assert new["first"] or any(few in warning for warning in new["warnings"])
 
 
