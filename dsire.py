@@ -5,11 +5,13 @@
     python dsire.py --subset=low_32 --rank=32  # LoRA-WiSE, from the Hub
     python dsire.py --subset=low_32 --predict my_lora.safetensors
     python dsire.py --dataset=my_loras --predict folder/ user/name --output=out
+    python dsire.py --dataset=my_checkpoints --base=base.safetensors --predict full.safetensors
 
 The script reads from top to bottom as the paper does: a LoRA layer and its
 spectra, the voters and the vote, a regression beyond the paper, the protocol,
 how sure an estimate is, everything compared. Then the weights: the names of
-LoRA matrices, parquet, LoRA files, where they come from, the cache of spectra.
+LoRA matrices, parquet, LoRA files, other fine-tunes, where they come from, the
+cache of spectra.
 Last: the report, pictures, the command line.
 """
 
