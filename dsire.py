@@ -38,7 +38,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -1829,7 +1829,7 @@ def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: li
 MAGNITUDES = "DoRA: the magnitude vectors are set aside, only A and B are judged"
 
 
-def voters_of(layers: dict[str, list[str]]) -> list[Voter]:
+def voters_of(layers: Mapping[str, Iterable[str]]) -> list[Voter]:
     """The voters in the order in which a tie is broken: A and B as the layers' parts stand, then the changes BA."""
     voters = [Voter(layer, part) for layer, parts in layers.items() for part in parts if part in MATRICES]
     return sorted(voters, key=lambda voter: voter.matrix == "BA")
@@ -1928,12 +1928,21 @@ def what_it_is(path: Path, wanted: str = "") -> str:
     return "" if wanted and what.startswith(wanted) else what
 
 
-class Weights(NamedTuple):
-    """An open weights file: its keys, a function that reads the tensor of a key, and its header of strings."""
+@dataclass(frozen=True)
+class Weights:
+    """An open weights file, or several that a model was saved as: its keys, what reads a key's tensor, its header."""
 
+    path: Path
     keys: list[str]
     tensor: Callable[[str], Tensor]
     header: dict[str, str]
+
+    @cached_property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        return lora_settings(self.path, self.header)
+
+    def matrix(self, key: str, least_dimensions: int = 2) -> Tensor:
+        return as_float64(self.tensor(key), key, self.path.name, least_dimensions)
 
 
 @contextmanager
@@ -1947,7 +1956,7 @@ def open_weights(path: Path) -> Iterator[Weights]:
         raise DsireError(f"{path}: no such file")
     if path.suffix.lower() in PICKLE_ENDINGS:
         tensors, header = unpickled_tensors(path)
-        yield Weights(list(tensors), tensors.__getitem__, header)
+        yield Weights(path, list(tensors), tensors.__getitem__, header)
         return
     from safetensors import SafetensorError, safe_open
 
@@ -1968,41 +1977,24 @@ def open_weights(path: Path) -> Iterator[Weights]:
         reason = f"is {what}" if what else f"can't be read as safetensors ({shown(error)}); fetch it anew"
         raise DsireError(f"{path} {reason}") from error
     with opened as file:
-        yield Weights(keys, tensor, header)
+        yield Weights(path, keys, tensor, header)
 
 
 def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a pickle by name, and its other entries as strings; nothing in the file is run.
+    """The tensors of a pickle by name, and its other entries as strings.
 
     Dictionaries may lie within each other: their keys are joined with dots. An alpha that is a number becomes a tensor.
 
     Raises:
         DsireError: it isn't a pickle of plain tensors, or a matrix in it is something else.
     """
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as parts:
-                    unpacked = sum(part.file_size for part in parts.infolist())
-                    if unpacked > 16 * path.stat().st_size:
-                        raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
-                    damaged = parts.testzip()  # torch leaves the checksums unread
-                if damaged:
-                    raise ValueError(f"{damaged} is damaged")
-            # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
-        what = what_it_is(path, "a pickle")
-        raise DsireError(f"{path} {f'is {what}' if what else why_not_loaded(error, said)}") from error
-    outside = content if isinstance(content, dict) else {}
+    outside = content = unpickled(path)
     for _ in range(3):  # a checkpoint's weights lie under this key
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
     if not isinstance(content, dict):
-        raise DsireError(
-            f"{path} holds a {type(content).__name__}, not a dictionary of tensors: nothing names the layers"
-        )
+        kind = type(content).__name__
+        raise DsireError(f"{path} holds a {kind}, not a dictionary of tensors: nothing names the layers")
     tensors = {}
     for key, value in named_values(content, set()):
         match = matrix_key(key)
@@ -2013,9 +2005,28 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         elif match:
             raise DsireError(f"{path}: {shown(key)} is {type(value).__name__}, not a {match['alpha'] and 'number'}")
     # What stands beside the tensors, such as lora_alpha, is as good as a header; a key with a dot is of a layer.
-    plain = {str(key): value for key, value in outside.items() if isinstance(value, (str, float, int))}
-    header = {key: str(value) for key, value in plain.items() if isinstance(value, str) or abs(value) < 2**53}
-    return tensors, {key: value for key, value in header.items() if "." not in key}
+    said = {str(key): value for key, value in outside.items() if isinstance(value, (str, int, float))}
+    said = {key: value for key, value in said.items() if isinstance(value, str) or abs(value) < 2**53}
+    return tensors, {key: str(value) for key, value in said.items() if "." not in key}
+
+
+def unpickled(path: Path) -> Any:
+    """What a pickle of plain tensors holds; nothing in the file is run."""
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as parts:
+                    unpacked = sum(part.file_size for part in parts.infolist())
+                    if unpacked > 16 * path.stat().st_size:
+                        raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
+                    if damaged := parts.testzip():  # torch leaves the checksums unread
+                        raise ValueError(f"{damaged} is damaged")
+            # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
+        what = what_it_is(path, "a pickle")
+        raise DsireError(f"{path} {f'is {what}' if what else why_not_loaded(error, said)}") from error
 
 
 def named_values(content: dict[Any, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -2049,7 +2060,7 @@ HARMLESS = re.compile(
     "|rank_dropout|rank_dropout_scale|module_dropout|use_effective_conv2d|decompose_both|decompose_factor|init_weights"
 )
 OF_SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "scale")
-# What stands in headers by itself, and PEFT's name for it.
+# What stands in headers by itself (and LoHa's alpha), and PEFT's name for it.
 HEADER_ENTRIES = {
     **{"alpha": "lora_alpha", "network_alpha": "lora_alpha", "ss_network_alpha": "lora_alpha"},
     **{"rank": "r", "lora_rank": "r", "network_dim": "r", "ss_network_dim": "r"},
@@ -2070,40 +2081,20 @@ def parsed(text: str) -> Any:
 def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any]]:
     """LoRA's settings in PEFT's words, for each network (as `in_network` calls it) that something is said of.
 
-    They stand in the header (diffusers puts JSON there with the network's name before each key, others single
-    entries), or in adapter_config.json beside the file (PEFT and MLX).
-
     Raises:
         DsireError: they can't be read, contradict each other, or say that BA is not the change of the weights.
     """
-    beside, place = path.with_name("adapter_config.json"), f"the header of {path}"
-    config: Any = {HEADER_ENTRIES.get(key.rpartition(".")[2]): 0 for key in header}
-    single = "lora_adapter_metadata" not in header and "lora_alpha" in config
-    if single:
-        said = [(*key.rpartition(".")[::2], parsed(text)) for key, text in sorted(header.items())]
-        said = [(network, HEADER_ENTRIES[key], value) for network, key, value in said if key in HEADER_ENTRIES]
-        said = [entry for entry in said if entry[2] is not None]
-    else:
-        text: str | bytes | None = header.get("lora_adapter_metadata")
-        if text is None and not beside.is_file():
-            return {}
-        try:
-            if text is None:
-                place, text = str(beside), beside.read_bytes()
-            config = json.loads(text)
-        except (OSError, ValueError, RecursionError) as error:
-            raise DsireError(f"{place} is not JSON ({shown(error)})") from error
-        if not isinstance(config, dict):
-            raise DsireError(f"{place} is not a JSON object")
-        mlx = config.get("lora_parameters")
-        if isinstance(mlx, dict):
-            method = str(config.get("fine_tune_type", "lora")).replace("dora", "lora")
-            alpha = mlx.get("alpha", mlx.get("rank"))  # the scale is all there is, but for MLX's oldest files
-            config = {"peft_type": method, "r": mlx.get("rank"), "lora_alpha": alpha, "scale": mlx.get("scale")}
-        said = [(*key.rpartition(".")[::2], value) for key, value in config.items()]
-        said = [(network, "lora_alpha" if key == "alpha" else key, value) for network, key, value in said]  # LoHa's
+    single = {key: parsed(text) for key, text in sorted(header.items()) if key.rpartition(".")[2] in HEADER_ENTRIES}
+    single = {key: value for key, value in single.items() if value is not None}
+    place, config, alpha = f"the header of {path}", single, None
+    said = {HEADER_ENTRIES[key.rpartition(".")[2]] for key in single}
+    if "lora_adapter_metadata" in header or "lora_alpha" not in said:
+        place, config = peft_config(path, header)
+        alpha = 8  # PEFT's default
     settings: dict[str, dict[str, Any]] = {}
-    for network, key, value in said:
+    for name, value in config.items():
+        network, _, key = name.rpartition(".")
+        key = HEADER_ENTRIES.get(key, key)
         if key == "peft_type" and str(value or "LORA").upper() not in ("LORA", "LOHA", "LOKR"):
             raise DsireError(f"{path.name}: {place} says these are {shown(value)} weights{MERGE_IT}")
         if value and key not in OF_SCALE and not HARMLESS.fullmatch(key):
@@ -2112,11 +2103,33 @@ def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any
         if own.setdefault(key, value) != value and key in OF_SCALE:
             raise DsireError(f"{path.name}: {place} says that {key} is {shown(own[key])}, and {shown(value)}")
     for own in settings.values():
-        if not single:
-            own.setdefault("lora_alpha", 8)  # PEFT's default
+        if alpha:
+            own.setdefault("lora_alpha", alpha)
         if not isinstance(own.get("use_rslora"), (bool, type(None))):
             raise DsireError(f"{path.name}: {place}: use_rslora is {shown(repr(own['use_rslora']))}, not true or false")
     return settings
+
+
+def peft_config(path: Path, header: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """Where the JSON of LoRA's settings stands, and what it says: in the header (diffusers), or beside the file.
+
+    diffusers puts the network's name before each key. Beside a file PEFT and MLX have adapter_config.json.
+    """
+    place, text = f"the header of {path}", header.get("lora_adapter_metadata", "{}").encode()
+    beside = path.with_name("adapter_config.json")
+    try:
+        if "lora_adapter_metadata" not in header and beside.is_file():
+            place, text = str(beside), beside.read_bytes()
+        config = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DsireError(f"{place} is not JSON ({shown(error)})") from error
+    if not isinstance(config, dict):
+        raise DsireError(f"{place} is not a JSON object")
+    if isinstance(mlx := config.get("lora_parameters"), dict):
+        method = str(config.get("fine_tune_type", "lora")).replace("dora", "lora")
+        alpha = mlx.get("alpha", mlx.get("rank"))  # the scale is all there is, but for MLX's oldest files
+        config = {"peft_type": method, "r": mlx.get("rank"), "lora_alpha": alpha, "scale": mlx.get("scale")}
+    return place, config
 
 
 def settings_of(pair: dict[str, str], settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str]:
@@ -2171,17 +2184,12 @@ def peft_scale(settings: dict[str, Any], path: str, rank: int | None) -> float:
     return float(alpha) * float(settings.get("scale", 1)) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def read_tensor(weights: Weights, key: str, file: str, least_dimensions: int = 2) -> Tensor:
+def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
     """A tensor of floating point numbers as float64.
 
     Raises:
         DsireError: it is of another kind, empty, or has fewer dimensions, or less memory behind it than its shape says.
     """
-    return as_float64(weights.tensor(key), key, file, least_dimensions)
-
-
-def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
-    """`read_tensor` of one that is read."""
     plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
     number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
     real = plain and (tensor.is_floating_point() or number)
@@ -2195,31 +2203,30 @@ def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -
         raise DsireError(f"{file}: {shown(key)} is {tensor.dtype}, which torch can't convert") from error
 
 
-def scale_of(path: Path, weights: Weights, pair: dict[str, str], settings: Any, rank: int | None) -> float:
+def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
     """What the product of a layer's matrices is multiplied by, alpha / r; 1 where nothing states alpha.
 
     Args:
-        settings: what `lora_settings` says.
         rank: r of the layer; None for a LoKr of two whole matrices, which has none (LyCORIS then ignores alpha).
 
     Raises:
         DsireError: an alpha is no number, or contradicts the matrices.
     """
-    own, place = settings_of(pair, settings)
+    file, (own, place) = weights.path.name, settings_of(pair, weights.settings)
     if "alpha" in pair:
-        alpha = read_tensor(weights, pair["alpha"], path.name, least_dimensions=0)
+        alpha = weights.matrix(pair["alpha"], least_dimensions=0)
         if alpha.numel() != 1 or not alpha.isfinite().all():
-            raise DsireError(f"{path.name}: {shown(pair['alpha'])} is not one finite number")
+            raise DsireError(f"{file}: {shown(pair['alpha'])} is not one finite number")
         return float(alpha.reshape(())) / rank if rank else 1.0
     if "lora_alpha" not in own:
         return 1.0
     try:
         return peft_scale(own, place, rank)
     except DsireError as error:
-        raise DsireError(f"{path.name}: its LoRA settings: {error}") from error
+        raise DsireError(f"{file}: its LoRA settings: {error}") from error
 
 
-def lora_matrices(path: Path, weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tensor]:
+def lora_matrices(weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] of a LoRA layer, float64.
 
     A convolution's A [r, in, k, k] is taken as [r, in k k]. LoCon's middle matrix [r, r, k, k] is made part of A.
@@ -2227,18 +2234,18 @@ def lora_matrices(path: Path, weights: Weights, pair: dict[str, str]) -> tuple[T
     Raises:
         DsireError: matrices that do not fit each other, or not of floating point numbers.
     """
-    a, b = (read_tensor(weights, pair[matrix], path.name) for matrix in ("A", "B"))
+    a, b, file = weights.matrix(pair["A"]), weights.matrix(pair["B"]), weights.path.name
     if pair["A"].endswith(".lora_a") and a.ndim == 2 and a.shape[0] > a.shape[1]:
         a, b = a.mT, b.mT  # MLX has A as [in, r] and B as [r, out]
     rank = a.shape[0]
     if "mid" in pair:
-        middle = read_tensor(weights, pair["mid"], path.name)
+        middle = weights.matrix(pair["mid"])
         if middle.shape[1] != rank or a[0, 0].numel() != 1:
-            raise DsireError(f"{path.name}: {shown(pair['mid'])} {list(middle.shape)} does not fit {list(a.shape)}")
+            raise DsireError(f"{file}: {shown(pair['mid'])} {list(middle.shape)} does not fit {list(a.shape)}")
         a, rank = torch.einsum("ij...,jm->im...", middle, a.flatten(1)), middle.shape[0]
     if b.flatten(1).shape[1] != rank:
-        one, other = f"{shown(pair['A'])} has rank {rank}", f"{shown(pair['B'])} has shape {list(b.shape)}"
-        raise DsireError(f"{path.name}: {one}, but {other}")
+        of_b = f"{shown(pair['B'])} has shape {list(b.shape)}"
+        raise DsireError(f"{file}: {shown(pair['A'])} has rank {rank}, but {of_b}")
     return a.flatten(1), b.flatten(1)
 
 
@@ -2254,7 +2261,8 @@ class Layer(NamedTuple):
 
     shape: list[int]
     spectra: dict[str, Tensor]
-    facts: dict[str, float]
+    facts: Mapping[str, float]
+    init: str = ""  # how A and B began, if BA is not the change of the weights then
 
 
 def finite_weights(stored: Tensor, key: str, file: str) -> Tensor:
@@ -2348,7 +2356,7 @@ def model_layers(
         raise
 
 
-def full_layer(path: Path, weights: Weights, layer: str, key: str, base: Base, count: int, device: str) -> Layer:
+def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, device: str) -> Layer:
     """The change W - W₀ of a layer of a full fine-tune.
 
     Facts: whether it is "lacking" in the base, has "other shape" or is "unchanged" or "foreign"; and the squared norms
@@ -2359,7 +2367,7 @@ def full_layer(path: Path, weights: Weights, layer: str, key: str, base: Base, c
         return Layer([], {}, {})
     if layer not in base.layers:
         return Layer([], {}, {"lacking": 1})
-    new, old, old_type = finite_weights(stored, key, path.name), *base.weights(layer)
+    new, old, old_type = finite_weights(stored, key, weights.path.name), *base.weights(layer)
     if new.shape != old.shape:
         return Layer([], {}, {"other shape": 1})
     change = new - old
@@ -2424,9 +2432,7 @@ def lokr_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor
     return shape, spectrum[:count]
 
 
-def adapter_layer(
-    path: Path, weights: Weights, layer: str, pair: dict[str, str], settings: Any, base: Base | None, count: int
-) -> Layer:
+def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base | None, count: int) -> Layer:
     """The spectra of a layer of LoRA, DoRA, LoHa or LoKr.
 
     Facts: whether alpha is not stated ("unscaled") or "zero", and whether the change is zero ("unchanged").
@@ -2434,34 +2440,35 @@ def adapter_layer(
     Raises:
         DsireError: the parts do not fit each other, or a weight is not finite.
     """
-    method, keys = method_of(pair), ", ".join(shown(key) for key in pair.values())
+    method, keys, file = method_of(pair), ", ".join(map(shown, pair.values())), weights.path.name
+    settings, _ = settings_of(pair, weights.settings)
     spectra: dict[str, Tensor] = {}
     try:
         if "A" in pair:
-            a, b = lora_matrices(path, weights, pair)
-            scale, shape = scale_of(path, weights, pair, settings, len(a)), [len(b), a.shape[1], len(a)]
-            spectra["A"], spectra["B"], unscaled = lora_spectra(a, b)
-            if method == "LoRA":
-                spectra["BA"] = unscaled * abs(scale)
-            elif base and layer in base.layers:
-                magnitude, old = read_tensor(weights, pair["magnitude"], path.name, 1), base.weights(layer)[0]
-                old = old.mT if settings_of(pair, settings)[0].get("fan_in_fan_out") else old  # GPT-2's layers
-                by_input = "dora_scale" in pair["magnitude"] and len(magnitude) == 1 < magnitude.numel()  # of LyCORIS
-                change = dora_change(b, a, scale, old, magnitude.flatten(), by_input)
-                spectra["BA"] = matrix_spectrum(change, count)
+            a, b = lora_matrices(weights, pair)
+            scale, shape = scale_of(weights, pair, len(a)), [len(b), a.shape[1], len(a)]
+            of_a, of_b, unscaled = lora_spectra(a, b)
+            spectra = {part: of_a if part == "A" else of_b for part in pair if part in ("A", "B")}
         else:
             if "magnitude" in pair:
-                raise DsireError(f"{path.name}: {keys} are a {method} with DoRA's magnitudes{MERGE_IT}")
-            parts = {part: read_tensor(weights, key, path.name) for part, key in pair.items() if part != "alpha"}
-            ranks = {len(parts[part]) for part in parts if part.endswith("_b")}
-            scale = scale_of(path, weights, pair, settings, max(ranks, default=None))
-            of_method = loha_change if method == "LoHa" else lokr_change
-            shape, unscaled = of_method(parts, count)
+                raise DsireError(f"{file}: {keys} are a {method} with DoRA's magnitudes{MERGE_IT}")
+            parts = {part: weights.matrix(key) for part, key in pair.items() if part != "alpha"}
+            ranks = {len(matrix) for part, matrix in parts.items() if part.endswith("_b")}
+            scale = scale_of(weights, pair, max(ranks, default=None))
+            shape, unscaled = (loha_change if method == "LoHa" else lokr_change)(parts, count)
+        if method != "DoRA":
             spectra["BA"] = unscaled * abs(scale)
+        elif base and layer in base.layers:
+            magnitude, old = weights.matrix(pair["magnitude"], 1), base.weights(layer)[0]
+            old = old.mT if settings.get("fan_in_fan_out") else old  # GPT-2's layers
+            by_input = "dora_scale" in pair["magnitude"] and len(magnitude) == 1 < magnitude.numel()  # of LyCORIS
+            change = dora_change(b, a, scale, old, magnitude.flatten(), by_input)
+            spectra["BA"] = matrix_spectrum(change, count)
     except RuntimeError as error:
-        raise DsireError(f"{path.name}: {keys} do not fit each other ({shown(error)})") from error
-    stated = "alpha" in pair or "lora_alpha" in settings_of(pair, settings)[0]
-    return Layer(shape, spectra, {"unscaled": not stated, "zero": scale == 0, "unchanged": not unscaled.any()})
+        raise DsireError(f"{file}: {keys} do not fit each other ({shown(error)})") from error
+    unstated = "alpha" not in pair and "lora_alpha" not in settings
+    facts = {"unscaled": unstated, "zero": scale == 0, "unchanged": not unscaled.any()}
+    return Layer(shape, spectra, facts, uncommon_init(settings))
 
 
 def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
@@ -2479,15 +2486,14 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
     """
     with open_model(path) as weights:
         pairs, others, lone = model_layers(weights.keys, path, base)
-        settings = lora_settings(path, weights.header)
 
         def layer_of(layer: str) -> Layer:
             pair = pairs[layer]
             try:
                 if "weight" in pair and base:
-                    found = full_layer(path, weights, layer, pair["weight"], base, count, device)
+                    found = full_layer(weights, layer, pair["weight"], base, count, device)
                 else:
-                    found = adapter_layer(path, weights, layer, pair, settings, base, count)
+                    found = adapter_layer(weights, layer, pair, base, count)
                 if not all(spectrum.isfinite().all() for spectrum in found.spectra.values()):
                     raise FloatingPointError
                 return found
@@ -2497,60 +2503,52 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
 
         at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
         layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
-        inits = {layer: uncommon_init(settings_of(pair, settings)[0]) for layer, pair in pairs.items() if "A" in pair}
-        stated, recipes = stated_size(weights.header), stated_recipe(weights.header)
     found = {layer: its for layer, its in layers.items() if its.spectra}
-    changed = {layer: its for layer, its in found.items() if "weight" not in pairs[layer] or not its.facts["unchanged"]}
-    found = changed or found
     if not found:
         raise DsireError(f"{path.name} has no matrix of the base's shape: {three_of(pairs)} here")
-    notes, first = about_layers(pairs, layers, others, lone, path.name)
+    if 2 * sum(its.facts.get("foreign", 0) for its in found.values()) > len(found):
+        much = f"most of its weights differ by over {FOREIGN:.0%} of theirs"
+        raise DsireError(f"{path.name} is no fine-tune of this base: {much}")
+    notes, first = about_layers(pairs, layers, others, lone)
     notes += [
         f"init_lora_weights is {init}: BA is not the change of the weights, only models that began so are comparable"
-        for init in sorted({*inits.values()} - {""})
+        for init in sorted({its.init for its in layers.values()} - {""})
     ]
+    stated = stated_size(weights.header)
     if stated:
         notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
-    names = {layer: f"{layer} ({inits[layer]})" if inits.get(layer) else layer for layer in found}
-    spectra = {names[layer]: its.spectra for layer, its in found.items()}
-    parts = {layer: [part for part in (*pairs[layer], "BA") if part in its.spectra] for layer, its in found.items()}
-    voters = voters_of({names[layer]: its for layer, its in parts.items()})
-    rows = [spectra[voter.layer][voter.matrix] for voter in voters]
+    changed = {layer: its for layer, its in found.items() if "weight" not in pairs[layer] or not its.facts["unchanged"]}
+    named = {f"{layer} ({its.init})" if its.init else layer: its for layer, its in (changed or found).items()}
+    voters = voters_of({layer: its.spectra for layer, its in named.items()})
+    rows = [named[voter.layer].spectra[voter.matrix] for voter in voters]
     width = max(map(len, rows))
     return Spectra(
         values=torch.stack([of_rank(row, width) for row in rows])[:, None],
         sizes=torch.tensor([stated[0] if stated else 0]),
         names=[str(path)],
         voters=voters,
-        shapes={names[layer]: its.shape for layer, its in found.items()},
+        shapes={layer: its.shape for layer, its in named.items()},
         notes=notes,
-        recipes=recipes,
+        recipes=stated_recipe(weights.header),
         method=methods_of(pairs),
         first=first,
     )
 
 
 def about_layers(
-    pairs: dict[str, dict[str, str]], layers: dict[str, Layer], others: list[str], lone: list[str], file: str
+    pairs: dict[str, dict[str, str]], layers: dict[str, Layer], others: list[str], lone: list[str]
 ) -> tuple[list[str], list[str]]:
     """What is to be said of a file's layers, by their facts: notes, and what has to be known before an estimate.
 
     Args:
         others: keys of what is no part of a layer.
         lone: keys of parts of layers that aren't whole.
-
-    Raises:
-        DsireError: the model is no fine-tune of the base.
     """
 
     def total(fact: str) -> float:
         return sum(layer.facts.get(fact, 0) for layer in layers.values())
 
     judged = sum(bool(layer.spectra) for layer in layers.values())
-    if 2 * total("foreign") > judged:
-        raise DsireError(
-            f"{file} is no fine-tune of this base: most of its weights differ by over {FOREIGN:.0%} of theirs"
-        )
     unscaled, zero, unchanged = (int(total(fact)) for fact in ("unscaled", "zero", "unchanged"))
     notes = []
     if lone:
@@ -2569,8 +2567,7 @@ def about_layers(
     if zero:
         notes.append(f"alpha is 0 in {zero} of {judged} layers: their BA counts as zero")
     if 0 < unchanged < judged:
-        full = any("weight" in pair for pair in pairs.values())
-        left_out = ": they are left out" if full else ""
+        left_out = ": they are left out" if any("weight" in pair for pair in pairs.values()) else ""
         notes.append(f"the change of the weights is zero in {unchanged} of {judged} layers{left_out}")
     if total("rounding") > total("change") / 2 > 0:
         notes.append("most of the change of the weights is no larger than the last digit that they are stored with")
@@ -2674,7 +2671,8 @@ def open_model(path: Path) -> Iterator[Weights]:
         parts = [held.enter_context(open_weights(part)) for part in parts_of(path)]
         place = {key: part for part in parts for key in part.keys}
         header = {key: value for part in parts for key, value in part.header.items()}
-        yield Weights([key for part in parts for key in part.keys], lambda key: place[key].tensor(key), header)
+        keys = [key for part in parts for key in part.keys]
+        yield Weights(path, keys, lambda key: place[key].tensor(key), header)
 
 
 def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:

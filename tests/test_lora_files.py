@@ -48,10 +48,10 @@ def unet() -> UNet2DConditionModel:
 
 def matrices_in(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     with dsire.open_weights(path) as weights:
-        settings, found = dsire.lora_settings(path, weights.header), {}
+        found = {}
         for layer, pair in dsire.lora_layers(weights.keys, path.name, strays=True)[0].items():
-            a, b = dsire.lora_matrices(path, weights, pair)
-            found[layer] = (a, b, dsire.scale_of(path, weights, pair, settings, len(a)))
+            a, b = dsire.lora_matrices(weights, pair)
+            found[layer] = (a, b, dsire.scale_of(weights, pair, len(a)))
         return found
 
 
