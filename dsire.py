@@ -45,7 +45,6 @@ from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from functools import cache, cached_property
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -1466,6 +1465,7 @@ LDM_OUTSIDE = {
     **{"time_embed_0": "time_embedding_linear_1", "time_embed_2": "time_embedding_linear_2"},
     **{"label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2"},
 }
+MERGE_IT = ", whose change of the weights is not read here: merge it into its model, and judge that with --base"
 OTHER_METHODS = {
     "(IA)3": r"\.ia3_l|\.on_input$",
     "VeRA": r"\.vera_|^vera_",
@@ -1474,9 +1474,6 @@ OTHER_METHODS = {
     "OFT": r"\.oft_",
     "stacked experts' (target_parameters)": r"\.(?:experts|base_layer)\.lora_[AB]\b",
 }
-
-
-MERGE_IT = ", whose change of the weights is not read here: merge it into its model, and judge that with --base"
 
 
 def in_network(path: str) -> tuple[str, str]:
@@ -1611,10 +1608,8 @@ def weight_matrices(keys: Iterable[str], file: str, network: str = "") -> dict[s
 # Weights in parquet: the layout of LoRA-WiSE
 
 
-def different_lengths(file: str, column: str, one: int, other: int) -> DsireError:
-    return DsireError(
-        f"{file}: column {shown(column)} has rows of {one} and of {other} numbers; all models must have one rank"
-    )
+def in_column(file: str, name: str, what: str) -> DsireError:
+    return DsireError(f"{file}: column {shown(name)} {what}")
 
 
 def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
@@ -1638,22 +1633,21 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
         nulls += values.null_count
         bounds = pc.min_max(pc.list_value_length(values)).as_py()
         if bounds["min"] != bounds["max"]:
-            raise different_lengths(file, name, length * bounds["min"], length * bounds["max"])
+            few, many = length * bounds["min"], length * bounds["max"]
+            raise in_column(file, name, f"has rows of {few} and of {many} numbers; all must be alike")
         shape.append(bounds["max"] or 0)
         length, values = length * shape[-1], values.flatten()
     alpha = name.endswith(".alpha")  # also a whole number, and not in a list
     real = pa.types.is_floating(values.type) or (alpha and pa.types.is_integer(values.type))
     if not real or not (alpha or isinstance(column.type, (*kinds, pa.BaseExtensionType))):
-        raise DsireError(f"{file}: column {shown(name)} holds {column.type}, not lists of floating point numbers")
+        raise in_column(file, name, f"holds {column.type}, not lists of floating point numbers")
     if nulls + values.null_count:
-        raise DsireError(f"{file}: column {shown(name)} has {nulls + values.null_count} nulls: a matrix is missing")
+        raise in_column(file, name, f"has {nulls + values.null_count} nulls: a matrix is missing")
     if alpha and length != 1:
-        raise DsireError(f"{file}: column {shown(name)} has {length} numbers a row; alpha is one")
+        raise in_column(file, name, f"has {length} numbers a row; alpha is one")
     if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
         numbers_of = " x ".join(map(str, shape[:2]))
-        raise DsireError(
-            f"{file}: column {shown(name)} has {numbers_of} numbers a row, which --rank={rank} does not fit"
-        )
+        raise in_column(file, name, f"has {numbers_of} numbers a row, which --rank={rank} does not fit")
     numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
     return numbers.to(torch.float64).view(-1, length)
 
@@ -1689,11 +1683,10 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
     Raises:
         DsireError: a column is missing, has nulls, or does not hold sizes from 1 up and names.
     """
-    missing = {"label", "name"} - set(table.column_names)
-    if len(table.column_names) > len(set(table.column_names)):
-        raise DsireError(f"{file}: there are two columns `label`, `name` or `recipe`; there must be one of each")
-    if missing:
-        raise DsireError(f"{file}: column {' and '.join(sorted(missing))} is missing; there must be `label` and `name`")
+    there = Counter(table.column_names)
+    if wrong := [column for column in LABELS if there[column] > 1 or (not there[column] and column != "recipe")]:
+        need = "there must be one `label` and one `name`, and there may be one `recipe`"
+        raise DsireError(f"{file}: column {' and '.join(wrong)} is missing or there twice; {need}")
     found: dict[str, list[Any]] = {}
     for column in table.column_names:
         found[column] = table.column(column).to_pylist()
@@ -1701,18 +1694,17 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
         if classes and {type(value) for value in found[column]} == {str}:
             continue  # the names themselves
         if None in found[column]:
-            raise DsireError(f"{file}: column {column} has nulls; every model needs its size and micro-dataset")
+            raise in_column(file, column, "has nulls; every model needs its size and micro-dataset")
         if classes and not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
-            raise DsireError(f"{file}: column {column} has numbers that are none of its {len(classes)} classes")
+            raise in_column(file, column, f"has numbers that are none of its {len(classes)} classes")
         found[column] = [classes[number] for number in found[column]] if classes else found[column]
     if not {type(name) for name in found["name"]} <= {int, str}:
-        raise DsireError(f"{file}: column name holds {table.column('name').type}; it must hold strings or integers")
-    wrong = [label for label in found["label"] if not dataset_size(label)]
-    if wrong:
-        label = repr(wrong[0]) if isinstance(wrong[0], (int, float, str)) else shown(wrong[0])
-        raise DsireError(f"{file}: column label holds {shown(label)}; a dataset size is a whole number from 1 up")
-    sizes = torch.tensor([dataset_size(label) for label in found["label"]], dtype=torch.int64)
-    return sizes, found["name"], [str(recipe) for recipe in found.get("recipe", [])]
+        raise in_column(file, "name", f"holds {table.column('name').type}; it must hold strings or integers")
+    sizes = [dataset_size(label) for label in found["label"]]
+    if 0 in sizes:
+        label = shown(repr(found["label"][sizes.index(0)]))
+        raise in_column(file, "label", f"holds {label}; a dataset size is a whole number from 1 up")
+    return torch.tensor(sizes), found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
 
 @contextmanager
@@ -1731,12 +1723,9 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
 
 def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "") -> Spectra:
-    """The spectra of all models in one parquet shard, one pair of columns at a time.
+    """The spectra of all models in one parquet shard, one pair of columns at a time; `classes` is `Shard.classes`.
 
     A shard is one row group, so a pair of columns is a ready batch of equal shapes, and whole rows are never held.
-
-    Args:
-        classes: `Shard.classes`.
 
     Raises:
         DsireError: the file can't be read, or a column doesn't fit; the message names it.
@@ -1753,8 +1742,8 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         layers, others, _ = lora_layers(columns, path.name)
         if unlike := next((pair for pair in layers.values() if "A" not in pair), None):
-            what = f"{path.name}: {shown(next(iter(unlike.values())))} is of a {method_of(unlike)}"
-            raise DsireError(f"{what}, which is read from files only: put the models into a folder")
+            of_what = f"is of a {method_of(unlike)}, which is read from files only: put the models into a folder"
+            raise in_column(path.name, next(iter(unlike.values())), of_what)
 
         def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
@@ -1764,8 +1753,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
         largest = max(8 * its.column(i).num_values for its in groups for i in range(its.num_columns))
         at_once = max(1, BYTES_AT_ONCE // (2 * largest))
         spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
-    unused = sorted(set(others) - {*LABELS})
-    notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
+    notes = []
+    if unused := sorted(set(others) - {*LABELS}):
+        notes.append(f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}")
     if any("magnitude" in pair for pair in layers.values()):
         notes.append(MAGNITUDES)
     # of DoRA, BA is not the change of the weights
@@ -1782,8 +1772,7 @@ def pair_spectra(
 
     Args:
         pair: the columns of "A" and "B", and perhaps of LoCon's "mid", of "alpha" and of DoRA's "magnitude".
-        models: what the file's models are called in a message.
-        shard: what the file is called in a message.
+        models, shard: what the file's models, and the file, are called in a message.
     """
     found: list[Tensor] = []
     lengths: dict[str, int] = {}
@@ -1795,14 +1784,12 @@ def pair_spectra(
         flat = {matrix: matrix_values(table.column(name), name, rank, shard) for matrix, name in pair.items()}
         for matrix, name in pair.items():
             here = flat[matrix].shape[1]
-            if lengths.setdefault(matrix, here) != here:
-                raise different_lengths(shard, name, lengths[matrix], here)
+            if (first := lengths.setdefault(matrix, here)) != here:
+                raise in_column(shard, name, f"has rows of {first} and of {here} numbers; all must be alike")
         a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
         if "mid" in flat:  # as in lora_matrices
             if lengths["mid"] % rank**2:
-                raise DsireError(
-                    f"{shard}: column {shown(pair['mid'])} has {lengths['mid']} numbers a row, not r x r x k"
-                )
+                raise in_column(shard, pair["mid"], f"has {lengths['mid']} numbers a row, not r x r x k")
             a = torch.einsum("nijk,njm->nimk", flat["mid"].view(len(table), rank, rank, -1), a).flatten(2)
         try:
             spectra = batch_spectra(a, b, device)
@@ -1848,14 +1835,10 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
     """
     first = shards[0]
     for shard, file in zip(shards, files, strict=True):
-        different = shard.shapes.keys() ^ first.shapes.keys()
-        if different:
-            raise DsireError(f"layer {min(different)} is in only one of the shards {files[0]} and {file}")
-        for layer, shape in shard.shapes.items():
-            if shape != first.shapes[layer]:
-                raise DsireError(
-                    f"{file}: layer {layer} has [out, in, rank] {shape}, and in {files[0]} {first.shapes[layer]}"
-                )
+        for layer in sorted(shard.shapes.keys() | first.shapes.keys()):
+            here, there = (its.shapes.get(layer, "absent") for its in (shard, first))
+            if here != there:
+                raise DsireError(f"{file}: layer {layer} [out, in, rank] is {here}, and in {files[0]} {there}")
     names = [name for shard in shards for name in shard.names]
     recipes = [recipe for shard in shards for recipe in shard.recipes]
     if len(recipes) not in (0, len(names)):
@@ -1877,8 +1860,7 @@ def what_is_unusual(spectra: Spectra) -> list[str]:
     pairs = torch.stack([spectra.micro_datasets, spectra.sizes, spectra.of_recipe], dim=1)
     different = pairs.unique(dim=0)
     notes = []
-    if len(pairs) > len(different):
-        twice = len(pairs) - len(different)
+    if twice := len(pairs) - len(different):
         notes.append(f"{twice} models have the micro-dataset and size of another one; all are kept")
     sizes = different[:, :2].unique(dim=0)[:, 0].bincount()  # of each micro-dataset
     lacking = (sizes < len(spectra.sizes.unique())).nonzero().flatten().tolist()
@@ -1895,8 +1877,6 @@ def what_is_unusual(spectra: Spectra) -> list[str]:
 SAFE_ENDINGS = (".safetensors",)
 PICKLE_ENDINGS = (".bin", ".pt", ".ckpt", ".pth")
 WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
-
-
 # Pickles that trainers leave beside a LoRA: many hold more than tensors, so that they can't even be looked into
 TRAINERS = re.compile("optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states[.]")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
@@ -2144,11 +2124,7 @@ def settings_of(pair: dict[str, str], settings: dict[str, dict[str, Any]]) -> tu
 
 
 def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) -> Any:
-    """What PEFT's rank_pattern or alpha_pattern says of a layer.
-
-    Raises:
-        DsireError: a pattern is no expression that is safe to match.
-    """
+    """What PEFT's rank_pattern or alpha_pattern says of a layer; refused if it is not safe to match."""
     patterns = settings.get(field) or {}
     if not isinstance(patterns, dict):
         raise DsireError(f"{field} is {shown(repr(patterns))}, not an object of patterns")
@@ -2169,19 +2145,17 @@ def peft_scale(settings: dict[str, Any], path: str, rank: int | None) -> float:
 
     Args:
         rank: r of this layer, from the shape of A; None if its matrices are whole, so that only the settings say it.
-
-    Raises:
-        DsireError: an alpha is no number, or r is not the rank.
     """
     r = by_pattern(settings, "rank_pattern", path, settings.get("r"))
     rank = r if rank is None else rank
     if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
         raise DsireError(f"r is {shown(repr(r))}, but {shown(path)} has rank {rank}")
     alpha = by_pattern(settings, "alpha_pattern", path, settings["lora_alpha"])
-    for name, number in (("lora_alpha", alpha), ("scale", settings.get("scale", 1))):
+    scale = settings.get("scale", 1)
+    for name, number in (("lora_alpha", alpha), ("scale", scale)):
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
             raise DsireError(f"{name} is {shown(repr(number))}, not a number")
-    return float(alpha) * float(settings.get("scale", 1)) / (rank**0.5 if settings.get("use_rslora") else rank)
+    return float(alpha) * float(scale) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
@@ -2210,7 +2184,7 @@ def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
         rank: r of the layer; None for a LoKr of two whole matrices, which has none (LyCORIS then ignores alpha).
 
     Raises:
-        DsireError: an alpha is no number, or contradicts the matrices.
+        DsireError: an alpha is no number, or the settings contradict the matrices.
     """
     file, (own, place) = weights.path.name, settings_of(pair, weights.settings)
     if "alpha" in pair:
@@ -2266,11 +2240,7 @@ class Layer(NamedTuple):
 
 
 def finite_weights(stored: Tensor, key: str, file: str) -> Tensor:
-    """W of a layer, float64 [out, in]; of a convolution, [out, in k k].
-
-    Raises:
-        DsireError: it is not a finite matrix.
-    """
+    """W of a layer, float64 [out, in]; of a convolution, [out, in k k]; refused if it is not finite."""
     matrix = as_float64(stored, key, file).flatten(1)
     if not matrix.isfinite().all():
         raise DsireError(f"{file}: {shown(key)} holds a NaN or an infinity")
@@ -2299,11 +2269,7 @@ class Base:
 
 @contextmanager
 def open_base(item: str | None, cache: Path) -> Iterator[Base | None]:
-    """Open the base model that the user means, a file, folder or Hub repository; None if there is none.
-
-    Raises:
-        DsireError: there is none there, a file of it can't be read, or two of its files have the same layer.
-    """
+    """Open the base model that the user means, a file, folder or Hub repository; None if none is meant."""
     if item is None:
         yield None
         return
@@ -2336,11 +2302,7 @@ def network_of(path: Path) -> str:
 def model_layers(
     keys: list[str], path: Path, base: Base | None
 ) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
-    """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model.
-
-    Raises:
-        NoLora: it is neither.
-    """
+    """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model; NoLora if it is neither."""
     try:
         return lora_layers(keys, path.name, strays=True)
     except DsireError as error:
@@ -2390,9 +2352,6 @@ def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tens
     Args:
         old: W₀, [out, in k k].
         magnitude: m, a number for each output, or for each input.
-
-    Raises:
-        RuntimeError: the shapes do not fit.
     """
     merged = old + scale * b @ a
     grouped = merged.reshape(len(old), len(magnitude) if by_input else 1, -1)
@@ -2468,7 +2427,9 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
         raise DsireError(f"{file}: {keys} do not fit each other ({shown(error)})") from error
     unstated = "alpha" not in pair and "lora_alpha" not in settings
     facts = {"unscaled": unstated, "zero": scale == 0, "unchanged": not unscaled.any()}
-    return Layer(shape, spectra, facts, uncommon_init(settings))
+    init = settings.get("init_lora_weights")
+    uncommon = "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
+    return Layer(shape, spectra, facts, uncommon)
 
 
 def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
@@ -2510,10 +2471,6 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         much = f"most of its weights differ by over {FOREIGN:.0%} of theirs"
         raise DsireError(f"{path.name} is no fine-tune of this base: {much}")
     notes, first = about_layers(pairs, layers, others, lone)
-    notes += [
-        f"init_lora_weights is {init}: BA is not the change of the weights, only models that began so are comparable"
-        for init in sorted({its.init for its in layers.values()} - {""})
-    ]
     stated = stated_size(weights.header)
     if stated:
         notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
@@ -2556,9 +2513,8 @@ def about_layers(
     if others:
         notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
     for fact, what in (("lacking", "are not in the base"), ("other shape", "have another shape in the base")):
-        if total(fact):
-            some = three_of(layer for layer, its in layers.items() if its.facts.get(fact))
-            notes.append(f"{total(fact):g} layers {what}, such as {some}")
+        if some := [layer for layer, its in layers.items() if its.facts.get(fact)]:
+            notes.append(f"{len(some)} layers {what}, such as {three_of(some)}")
     if any("magnitude" in pair and "BA" not in layers[layer].spectra for layer, pair in pairs.items()):
         notes.append(MAGNITUDES)
     if unscaled:
@@ -2571,13 +2527,10 @@ def about_layers(
         notes.append(f"the change of the weights is zero in {unchanged} of {judged} layers{left_out}")
     if total("rounding") > total("change") / 2 > 0:
         notes.append("most of the change of the weights is no larger than the last digit that they are stored with")
+    for init in sorted({its.init for its in layers.values()} - {""}):
+        unlike = "BA is not the change of the weights, only models that began so are comparable"
+        notes.append(f"init_lora_weights is {init}: {unlike}")
     return notes, [UNTRAINED] if unchanged == judged else []
-
-
-def uncommon_init(settings: dict[str, Any]) -> str:
-    """How A and B began, if BA is not the change of the weights then; else ""."""
-    init = settings.get("init_lora_weights")
-    return "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
 
 
 # kohya's entries about how a model was trained; numbers are compared as numbers
@@ -2603,15 +2556,12 @@ def stated_recipe(header: dict[str, str]) -> list[str]:
         except ValueError:
             return shown(text)
 
-    facts = [
-        f"{what} {plain(header[key])}".strip() for key, what in RECIPE.items() if header.get(key, "None") != "None"
-    ]
-    try:
+    stated = {what: header[key] for key, what in RECIPE.items() if header.get(key, "None") != "None"}
+    facts = [f"{what} {plain(text)}".strip() for what, text in stated.items()]
+    with suppress(KeyError, ValueError):
         each = int(header.get("ss_batch_size_per_device", 1)) * int(header.get("ss_gradient_accumulation_steps", 1))
         images = int(header["ss_max_train_steps"]) * int(header.get("ss_total_batch_size", each))
         facts.append(f"{counted(images, 'image')} seen")  # steps times batch
-    except (KeyError, ValueError):
-        pass
     return [", ".join(facts)] if facts else []
 
 
@@ -2625,26 +2575,22 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
     def whole(number: Any) -> int:
         return number if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**53 else 0
 
+    def objects(its: Any) -> list[dict[str, Any]]:
+        return [one for one in its if isinstance(one, dict)] if isinstance(its, list) else []
+
     sets, folders = (parsed(header.get(key, "")) for key in ("ss_datasets", "ss_dataset_dirs"))
-    images: Counter[tuple[Any, int]] = Counter()  # how many folders there are of a name and a number of images
-    for one in sets if isinstance(sets, list) else []:
-        parts = one.get("subsets") if isinstance(one, dict) else None
-        parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-        images |= Counter(
-            (str(part.get("image_dir") or part.get("metadata_file")), whole(part.get("img_count")))
-            for part in parts
-            if not part.get("is_reg")
-        )
+    images: Counter[tuple[str, int]] = Counter()  # how many folders there are of a name and a number of images
+    for one in objects(sets):
+        parts = [part for part in objects(one.get("subsets")) if not part.get("is_reg")]
+        places = (str(part.get("image_dir") or part.get("metadata_file")) for part in parts)
+        images |= Counter(zip(places, (whole(part.get("img_count")) for part in parts), strict=True))
     key = "ss_datasets"
     if not any(count for _, count in images) and isinstance(folders, dict):
-        key, names = "ss_dataset_dirs", {name: re.sub(r" \(\d+\)$", "", name) for name in folders}
-        images = Counter(
-            {
-                (names[name] if names[name] in folders else name, whole(folder.get("img_count"))): 1
-                for name, folder in folders.items()
-                if isinstance(folder, dict)
-            }
-        )
+        key, images = "ss_dataset_dirs", Counter()
+        for name, folder in folders.items():
+            first = re.sub(r" \(\d+\)$", "", name)
+            if isinstance(folder, dict):
+                images[first if first in folders else name, whole(folder.get("img_count"))] = 1
     total = sum(count * times for (_, count), times in images.items())
     if 0 < total < 2**53:
         return total, key
@@ -2737,6 +2683,9 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
 # Where the weights come from: a folder, or the Hub
 
 
+CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of models: its path (on disk, or inside the Hub's repository), bytes, and version."""
@@ -2765,8 +2714,8 @@ class Source:
 
 def find_source(
     dataset: str, subset: str | None, revision: str | None, cache: Path, base: Base | None = None
-) -> tuple[Source, list[str]]:
-    """The files of a subset in a folder or on the Hub, and what is to be said of them.
+) -> Source:
+    """The files of a subset in a folder or on the Hub.
 
     Args:
         base: what models in files were fine-tuned from.
@@ -2778,7 +2727,7 @@ def find_source(
     if os.path.isdir(folder):
         if revision is not None:
             raise DsireError(f"--revision is of a dataset on the Hub, and {folder} is a folder: leave it out")
-        return folder_source(folder, subset, base), []
+        return folder_source(folder, subset, base)
     if os.path.exists(folder):
         raise DsireError(f"--dataset={dataset} is a file: give the folder that holds it")
     if folder.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") != 1:
@@ -2796,8 +2745,7 @@ def folder_source(folder: Path, subset: str | None, base: Base | None = None) ->
 
     Its metadata.csv decides which files are read. Without one, LoRA files may lie beside the parquet of their images.
     """
-    labels = metadata_csv(folder)
-    parquet = visible_files(folder, [".parquet"])
+    labels, parquet = metadata_csv(folder), visible_files(folder, [".parquet"])
     loras = visible_files(folder, WEIGHT_ENDINGS)
     if labels is not None or not parquet or (loras and subset is None and all(map(holds_no_lora, parquet))):
         if subset is not None:
@@ -2816,35 +2764,25 @@ def folder_source(folder: Path, subset: str | None, base: Base | None = None) ->
             raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
         if parquet:
             notes.append(f"left out, as LoRA files decide: {counted(len(parquet), 'parquet file')} in {folder}")
-        shards = [shard_on_disk(file, base) for file in files]
-        return Source(str(folder), folder.resolve().name, "", shards, notes)
-    notes, classes = [], ""
-    if folder == SHIPPED and subset:  # needs neither `datasets` nor the time to import it
-        files = sorted((folder / subset.replace("_", "/")).glob("*.parquet"))
-    if folder != SHIPPED or not subset or not files:
-        cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
-        names = [path.relative_to(folder).as_posix() for path in parquet]
-        subset, names, notes, classes = files_of_subset(f"dataset {folder}", cards, names, subset)
-        files = [folder / name for name in names]
-    shards = [replace(shard_on_disk(file), classes=classes) for file in files]
+        return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file, base) for file in files], notes)
+    shipped = sorted((folder / subset.replace("_", "/")).glob("*.parquet")) if subset and folder == SHIPPED else []
+    if subset and shipped:  # it needs neither `datasets` nor the time to import it
+        return Source(str(folder), subset, "", [shard_on_disk(file) for file in shipped])
+    cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
+    paths = [path.relative_to(folder).as_posix() for path in parquet]
+    subset, names, notes, classes = files_of_subset(f"dataset {folder}", cards, paths, subset)
+    shards = [replace(shard_on_disk(folder / name), classes=classes) for name in names]
     return Source(str(folder), subset, "", shards, notes)
 
 
 def shard_on_disk(file: Path, base: Base | None = None) -> Shard:
-    """The file as a shard; what decides its spectra is in the etag.
-
-    Raises:
-        DsireError: it is a link to nothing.
-    """
+    """The file as a shard; what decides its spectra is in the etag."""
     if not file.is_file():
         raise DsireError(f"{file} is a link to a file that is not there")
     parts = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
     etag = "mtime-" + "-".join(str(part.stat().st_mtime_ns) for part in parts)
     etag += f"-base-{base.identity}" if base else ""
     return Shard(str(file.absolute()), file.stat().st_size, etag)
-
-
-CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
 
 
 def files_of_subset(
@@ -2870,15 +2808,11 @@ def files_of_subset(
         for name, card in cards.items():
             (view / name).write_bytes(card.read_bytes())
 
-        def files_by_split(config: str) -> tuple[dict[str, list[str]], str]:
+        def builder_of(config: str) -> tuple[Any, dict[str, list[str]]]:
+            """The builder of a config, and the files of its splits."""
             builder = datasets.load_dataset_builder(str(view), config, cache_dir=place)
-            named = {
-                str(split): [Path(file).relative_to(view).as_posix() for file in its]
-                for split, its in (builder.config.data_files or {}).items()
-            }
-            features = builder.info.features or {}
-            classes = {name: features[name].names for name in LABELS if hasattr(features.get(name), "names")}
-            return named, json.dumps(classes) if classes else ""
+            files = (builder.config.data_files or {}).items()
+            return builder, {split: [Path(file).relative_to(view).as_posix() for file in its] for split, its in files}
 
         try:
             configs = datasets.get_dataset_config_names(str(view))
@@ -2887,11 +2821,11 @@ def files_of_subset(
             if subset is not None and subset not in configs:
                 raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
             subset = subset or configs[0]
-            splits, classes = files_by_split(subset)
+            builder, splits = builder_of(subset)
             of_none = set(names).difference(*splits.values())
             for other in configs if of_none else []:
                 with suppress(OSError, ValueError):  # it holds no parquet
-                    of_none.difference_update(*files_by_split(other)[0].values())
+                    of_none.difference_update(*builder_of(other)[1].values())
         except DsireError:
             raise
         except Exception as error:  # of `datasets`, YAML or the patterns: about what the dataset holds
@@ -2902,11 +2836,13 @@ def files_of_subset(
         files = list(dict.fromkeys(name for split in splits.values() for name in split))
         if not files:
             raise DsireError(f"{what}: subset {subset} has no parquet")
-        notes = [f"the splits {' '.join(splits)} are taken together"] if len(splits) > 1 else []
+        features = builder.info.features or {}
+        classes = {name: features[name].names for name in LABELS if hasattr(features.get(name), "names")}
+        notes = [f"the splits {' '.join(map(str, splits))} are taken together"] if len(splits) > 1 else []
         if of_none:
             left_out = f"{counted(len(of_none), 'parquet file')} of {what} left out, as in no split of a subset"
             notes.append(f"{left_out}, such as {shown(min(of_none))}: name them in the configs of README.md")
-        return subset, files, notes, classes
+        return subset, files, notes, json.dumps(classes) if classes else ""
 
 
 class HubUnreachable(DsireError):
@@ -3002,7 +2938,7 @@ def ask_hub(what: str, question: Callable[[Any], T], download: bool = False) -> 
     raise AssertionError
 
 
-def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> tuple[Source, list[str]]:
+def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> Source:
     """The files of a subset on the Hub, with their SHA-256.
 
     The answer is kept in the cache, and asked for again only when the dataset's commit has changed: a second run
@@ -3010,19 +2946,20 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     """
     what = f"dataset {dataset}" + (f" at revision {revision}" if revision else "")
     digest = hashlib.sha256(json.dumps([dataset, revision, subset]).encode()).hexdigest()[:16]
-    note = cache / "sources" / f"{digest}.json"
-    known = read_source(note)
+    saved = cache / "sources" / f"{digest}.json"
+    known = read_source(saved)
     if known and revision == known.commit:
-        return known, []
+        return known
     try:
         asked = what if dataset == LORA_WISE else f"no folder {dataset} is here; on the Hub, {what}"
         info = ask_hub(asked, lambda api: api.dataset_info(dataset, revision=revision, timeout=30))
     except HubUnreachable as error:
         if not known:
             raise
-        return known, [f"{error}; going on with commit {known.commit[:12]}, as found before"]
+        note = f"{error}; going on with commit {known.commit[:12]}, as found before"
+        return replace(known, notes=[note, *known.notes])
     if known and known.commit == info.sha:
-        return known, []
+        return known
 
     def listed(api: Any) -> dict[str, Any]:
         tree = api.list_repo_tree(info.id, repo_type="dataset", revision=info.sha, recursive=True)
@@ -3040,13 +2977,13 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     facts = [files[name] for name in names]
     shards = [Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id, classes) for fact in facts]
     source = Source(info.id, subset, info.sha, shards, notes)
-    write_json(note, asdict(source))
-    return source, []
+    write_json(saved, asdict(source))
+    return source
 
 
-def read_source(note: Path) -> Source | None:
+def read_source(file: Path) -> Source | None:
     try:
-        saved = json.loads(note.read_text())
+        saved = json.loads(file.read_text())
         return Source(**{**saved, "shards": [Shard(**shard) for shard in saved["shards"]]})
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not written by this version
         return None
@@ -3063,14 +3000,15 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
     folder = cache / "downloads" / source.dataset.replace("/", "--")
     for half in (folder / ".cache").rglob(f"*{shard.etag}*.incomplete"):  # of a run that was killed: it is not resumed
         half.unlink(missing_ok=True)
-    options = {"repo_type": "dataset", "revision": source.commit, "local_dir": folder}
     what = f"{shard.file} of dataset {source.dataset}"
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": source.commit, "local_dir": folder}
+
+    def download(api: Any) -> Path:
+        return Path(api.hf_hub_download(source.dataset, shard.file, **options))
+
     with disk_errors(folder):
         for again in (False, True):
-
-            def download(api: Any, again: bool = again) -> Path:
-                return Path(api.hf_hub_download(source.dataset, shard.file, force_download=again, **options))
-
+            options["force_download"] = again
             path = ask_hub(what, download, download=True)
             if is_whole(path, shard):
                 return path
@@ -3099,18 +3037,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DsireError(
-            f"{path} can't be written ({error.strerror or shown(error)}): free the disk or choose another place; "
-            "nothing that was computed is lost"
-        ) from error
+        advice = "free the disk or choose another place; nothing that was computed is lost"
+        raise DsireError(f"{path} can't be written ({error.strerror or shown(error)}): {advice}") from error
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write under a temporary name, then rename: a file that carries its name is whole.
-
-    Raises:
-        DsireError: the disk is full, or the path can't be written.
-    """
+    """Write under a temporary name, then rename: a file that carries its name is whole."""
     half = path.with_name(f".{path.name}.{os.getpid()}.half")
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     with disk_errors(path):
@@ -3143,10 +3075,9 @@ def save_spectra(spectra: Spectra, shard: Shard, rank: int, cache: Path) -> None
     from safetensors.torch import save
 
     facts = ("voters", "names", "shapes", "notes", "recipes", "method", "first")
-    about = {name: getattr(spectra, name) for name in facts}
-    header = {"key": cache_key(shard, rank), "about": json.dumps(about)}
-    content = save({"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}, header)
-    write_whole(spectra_file(shard, rank, cache), content)
+    about = json.dumps({name: getattr(spectra, name) for name in facts})
+    tensors = {"spectra": spectra.values.contiguous(), "sizes": spectra.sizes}
+    write_whole(spectra_file(shard, rank, cache), save(tensors, {"key": cache_key(shard, rank), "about": about}))
 
 
 def load_spectra(shard: Shard, rank: int, cache: Path) -> Spectra | None:
@@ -3297,13 +3228,12 @@ def compute_spectra(
             path = fetch(source, shard, cache) if load_spectra(shard, rank, cache) is None else None
             return held.pop_all(), path
 
-    left = iter(shards)
-    coming = [in_background(prepare, shard) for shard in islice(left, 1)]
+    coming = [in_background(prepare, shard) for shard in shards[:1]]
     try:
-        for shard in tqdm(shards, unit="shard", disable=None if shards else True):
+        for number, shard in enumerate(tqdm(shards, unit="shard", disable=None if shards else True), start=1):
             held, path = coming.pop().result()
             with held:
-                coming = [in_background(prepare, following) for following in islice(left, 1)]
+                coming = [in_background(prepare, following) for following in shards[number : number + 1]]
                 if path:
                     save_spectra(shard_spectra(path, rank, device, shard.classes), shard, rank, cache)
                     if source.commit and not keep_shards:
@@ -3343,7 +3273,7 @@ def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu",
     missing = [shard for shard, file in found.items() if file is None]
     at_once = 1 if base else None  # given a base, the layers of a file are computed in parallel
     found |= dict(zip(missing, in_parallel(computed, missing, at_once, "file" if missing else ""), strict=True))
-    known, trainings, notes = [], [], []
+    known, trainings, notes = {}, [], []
     for shard, file in found.items():
         path = Path(shard.file)
         name = path.relative_to(folder.absolute()).as_posix()
@@ -3357,13 +3287,24 @@ def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu",
         notes += [(name, note) for note in (*file.first, *file.notes)]
         if size:
             trainings += [] if micro_dataset else [training_of(path, name)]
-            names = [micro_dataset or trainings[-1]]
-            known.append(replace(file, sizes=torch.tensor([size]), names=names, recipes=recipe or [""]))
+            its = [micro_dataset or trainings[-1]]
+            known[name] = replace(file, sizes=torch.tensor([size]), names=its, recipes=recipe or [""])
         else:
             notes.append((name, "left out, as it states no size"))
     if not known:
         advice = f"write {folder / 'metadata.csv'} with file_name,label,name"
         raise DsireError("; ".join([f"no file in {folder} has a size: {advice}", *source.notes]))
+    said = together(notes)
+    if trainings:
+        files = f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv"
+        said.append(f"{files}: each training is a micro-dataset of its own, and nothing says which share images")
+    models = join_files(known, folder)
+    return replace(models, notes=said + models.notes, recipes_stated=labels is None)
+
+
+def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
+    """Models from files (name -> its spectra) as one, on the layers and matrices that all of them have."""
+    known = [*files.values()]
     shapes = [file.shapes for file in known]
     common = {
         layer: min((other[layer] for other in shapes), key=len)
@@ -3374,32 +3315,19 @@ def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu",
     voters = [voter for voter in known[0].voters if voter in of_all and voter.layer in common]
     if not voters:
         raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
-    dropped = {layer for its_shapes in shapes for layer in its_shapes} - common.keys()
-    said = together(notes)
-    if dropped:
-        said.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
-    if trainings:
-        said.append(
-            f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv: each training is "
-            "a micro-dataset of its own, and nothing says which of them share images"
-        )
-    methods = {file.method: file for file in known}
+    notes, methods = [], {file.method: shown(file.names[0]) for file in reversed(known)}
+    if dropped := {layer for its in shapes for layer in its} - common.keys():
+        notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
     if len(methods) > 1:
-        some = ", ".join(f"{method} ({shown(file.names[0])})" for method, file in methods.items())
-        said.append(f"several methods, compared by {matrices_of(voters)} alone: {some}")
+        some = ", ".join(f"{method} ({name})" for method, name in reversed(methods.items()))
+        notes.append(f"several methods, compared by {matrices_of(voters)} alone: {some}")
     spectra = [file.of_voters(voters).values for file in known]
     width = (max if len(methods) == 1 else min)(its[..., its.any(1).any(0)].shape[-1] for its in spectra)
-    return Spectra(
-        torch.cat([of_rank(its, max(1, width)) for its in spectra], dim=1),
-        torch.cat([file.sizes for file in known]),
-        [name for file in known for name in file.names],
-        voters,
-        common,
-        said,
-        [recipe for file in known for recipe in file.recipes],
-        recipes_stated=labels is None,
-        method=" or ".join(sorted(methods)),
-    )
+    models = [
+        replace(file, values=of_rank(its, max(1, width)), voters=voters, shapes=common, notes=notes, first=[])
+        for file, its in zip(known, spectra, strict=True)
+    ]
+    return replace(join_shards(models, [*files]), method=" or ".join(sorted(methods)))
 
 
 def together(notes: list[tuple[str, str]]) -> list[str]:
@@ -3444,9 +3372,8 @@ def metadata_csv(folder: Path) -> dict[Path, tuple[int, str, str]] | None:
     except (OSError, ValueError, csv.Error) as error:
         raise DsireError(f"{path} can't be read ({shown(error)})") from error
     if not {"file_name", "label"} <= set(columns):
-        raise DsireError(
-            f"{path} needs the columns file_name and label, and may have name and recipe; it has {head[:80]!r}"
-        )
+        needs = "needs the columns file_name and label, and may have name and recipe"
+        raise DsireError(f"{path} {needs}; it has {head[:80]!r}")
     if not rows:
         raise DsireError(f"{path} lists no file: give each LoRA file a row of file_name,label,name")
     files = {file.relative_to(folder).as_posix(): file.absolute() for file in folder.rglob("*") if file.is_file()}
@@ -3991,7 +3918,7 @@ def run_on(arguments: argparse.Namespace, base: Base | None, notes: list[str]) -
     device = choose_device(arguments.device)
     if process.rank:  # the first process asks the Hub, or says what is wrong
         process.wait_for_others()
-    source, said = find_source(arguments.dataset, arguments.subset, arguments.revision, cache, base)
+    source = find_source(arguments.dataset, arguments.subset, arguments.revision, cache, base)
     if base and not arguments.predict and not source.shards[0].is_lora:
         raise DsireError("--base is what models in files were fine-tuned from; this is parquet: leave it out")
     if not process.rank:
@@ -4004,7 +3931,7 @@ def run_on(arguments: argparse.Namespace, base: Base | None, notes: list[str]) -
         return 0  # the first process evaluates
     if arguments.rank and arguments.rank != spectra.values.shape[-1] and "A" in matrices_of(spectra.voters):
         raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {spectra.values.shape[-1]}")
-    notes += said + about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
+    notes += about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
     there, spectra = matrices_of(spectra.voters), spectra.of_matrices(arguments.matrices)
     if not spectra.voters:
         raise DsireError(f"--matrices {' '.join(arguments.matrices)}: of a {spectra.method} there is only {there}")

@@ -63,7 +63,8 @@ def serve() -> None:
         importlib.import_module(name)
 
     def told(argument: object) -> str:
-        return os.readlink(f"/proc/self/fd/{argument}") if isinstance(argument, int) else str(argument)
+        link = f"/proc/self/fd/{argument}"  # os.fsync has the number of a file
+        return os.readlink(link) if isinstance(argument, int) and os.path.islink(link) else str(argument)
 
     def stop_at(function: str, text: str, number: int, after: bool) -> None:
         owner, _, name = function.rpartition(".")

@@ -42,7 +42,7 @@ def test_the_report_is_that_of_one_process(run: Run, tiny_wise: Path, tmp_path: 
 def test_each_process_takes_its_own_shards(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, processes: int
 ) -> None:
-    source, _ = dsire.find_source(str(folder), "low_4", None, tmp_path)
+    source = dsire.find_source(str(folder), "low_4", None, tmp_path)
     taken: list[list[dsire.Shard]] = []
     monkeypatch.setattr(dsire, "compute_spectra", lambda _, shards, *rest: taken.append(shards))
     monkeypatch.setattr(dsire.Process, "wait_for_others", lambda process: None)

@@ -59,7 +59,7 @@ def write_parquet(folder: Path, table: pa.Table, name: str = "train.parquet") ->
 
 
 def spectra_of(folder: Path, cache: Path) -> dsire.Spectra:
-    source, _ = dsire.find_source(str(folder), None, None, cache)
+    source = dsire.find_source(str(folder), None, None, cache)
     return dsire.subset_spectra(source, 0 if source.shards[0].is_lora else RANK, cache)
 
 
@@ -329,7 +329,7 @@ def test_a_shard_of_parquet_is_its_own_version(tmp_path: Path) -> None:
     """Only shards of one model are one: those of a table are computed anew one by one."""
     models = models_of(6, SIZES)
     folder = write_folder(tmp_path / "wise", [table_of(models[start : start + 6]) for start in (0, 6, 12)])
-    source, _ = dsire.find_source(str(folder), "low_4", None, tmp_path)
+    source = dsire.find_source(str(folder), "low_4", None, tmp_path)
     assert len({shard.etag.count("-") for shard in source.shards}) == 1
 
 
