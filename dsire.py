@@ -590,8 +590,9 @@ class LogRidge:
 
         With the hat matrix H (fitted values H y) and a unit f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f
         when f is left out. A fit isn't changed by models that lie on it: so with f left out, new models are answered as
-        if y_f had been what is said of f. The scale of the features, the penalty and the deviation are those of all
-        training models, whatever is left out: that all are exchangeable holds up to these few numbers.
+        if y_f had been what is said of f. The scale of the features, the penalty, the deviation and, of several recipes,
+        the places in `local_kernels` are those of all training models, whatever is left out: only up to these are left-
+        out models like new ones.
 
         Args:
             units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
@@ -699,10 +700,16 @@ def mean_log_norms(spectra: Spectra) -> Tensor:
 
 
 def spread_within(x: Tensor, groups: Tensor) -> Tensor:
-    """The covariance of columns [models, p] within groups 0, 1, ..., one for all groups: [p, p], never singular."""
+    """The covariance of columns [models, p] within groups 0, 1, ..., one for all groups: [p, p], never singular.
+
+    Where groups are as good as single models nothing is known of it. So as much as four models say is said beforehand:
+    the spread within groups is a fifth of that of all.
+    """
     members = torch.nn.functional.one_hot(groups).double()
     residuals = x - (members.T @ x / members.sum(0)[:, None].clamp_min(1))[groups]
-    covariance = residuals.T @ residuals / max(1, len(x) - len(groups.unique()))
+    of_all, degrees = x - x.mean(0), len(x) - len(groups.unique())
+    before = of_all.T @ of_all / max(1, len(x) - 1) / 5**2
+    covariance = (residuals.T @ residuals + 4 * before) / (degrees + 4)
     return covariance + (1e-6 * covariance.trace() + 1e-18) * torch.eye(x.shape[1], dtype=torch.float64)
 
 
@@ -1034,8 +1041,9 @@ def what_is_beyond(fitted: Spectra, new: Spectra, factor: float) -> list[str]:
     for its in beyond:
         parts = {}
         for matrix, voters in fitted.kinds.items():
-            usual, most = float(its[voters].median()), int((its.abs() * voters).argmax())
-            if abs(usual) > math.log(factor):  # in most layers
+            layers = sorted(its[voters].tolist(), key=abs)
+            usual, most = layers[3 * len(layers) // 4], int((its.abs() * voters).argmax())
+            if abs(usual) > math.log(factor):  # in a quarter of the layers
                 parts[matrix] = f"{matrix} is {times(usual)}"
             elif abs(float(its[most])) > 3:
                 parts[matrix] = f"{matrix} of {shown(fitted.voters[most].layer)} is {times(float(its[most]))}"
@@ -1209,12 +1217,13 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
     kept, known, first = set(common), set(file.voters), list(file.first)
     voters = [voter for voter in fitted.voters if voter.layer in kept and voter in known]
     if not voters:
+        base = "" if "BA" in file.kinds else "; for the change of its weights, give the model it began as with --base"
+        here, there = " ".join(file.kinds), " ".join(fitted.kinds)
         raise DsireError(
-            f"{file.names[0]} ({file.method}) has no matrix in common with the labelled models ({fitted.method}): for "
-            "the change of its weights, give the model it was fine-tuned from with --base"
+            f"{file.names[0]} is a {file.method} with {here}, each labelled model a {fitted.method} with {there}{base}"
         )
     rank = fitted.values.shape[-1]
-    if file.method != fitted.method:
+    if file.method not in fitted.method.split(" or "):
         rank = min(rank, file.values.shape[-1])
         methods = f"it is a {file.method}, and each labelled model a {fitted.method}"
         first.append(f"another method: {methods}; compared by {matrices_of(voters)}")
@@ -1476,6 +1485,10 @@ OTHER_METHODS = {
 }
 
 
+Keys = dict[str, dict[str, str]]  # layer -> {"A": key, "B": key, and perhaps others}
+Settings = dict[str, dict[str, Any]]  # of each network (as `in_network` calls it), in PEFT's words
+
+
 def in_network(path: str) -> tuple[str, str]:
     """The network of a layer and its path inside; "" is the main one, others are "text_encoder_2_" and the like."""
     path = WRAPPER.sub("", path)
@@ -1529,9 +1542,7 @@ def matrix_key(key: str) -> re.Match[str] | None:
     return MATRIX_KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None
 
 
-def lora_layers(
-    keys: Iterable[str], file: str, strays: bool = False
-) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
+def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[Keys, list[str], list[str]]:
     """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; other keys; and strays.
 
     Of LoHa and LoKr the parts are called as LyCORIS does it, such as "hada_w1_a".
@@ -1542,7 +1553,7 @@ def lora_layers(
     Raises:
         DsireError: another method than LoRA, the same matrix twice, a layer with one of A and B only, or no layer.
     """
-    found: dict[str, dict[str, str]] = {}
+    found: Keys = {}
     others = []
     for key in keys:
         if method := next((method for method, pattern in OTHER_METHODS.items() if re.search(pattern, key)), ""):
@@ -1589,11 +1600,7 @@ def method_of(parts: Iterable[str]) -> str:
 
 
 def weight_matrices(keys: Iterable[str], file: str, network: str = "") -> dict[str, str]:
-    """Layer -> key of the weights of a full model, or of a part of one that is called `network`.
-
-    Raises:
-        DsireError: the same layer twice.
-    """
+    """Layer -> key of the weights of a full model, or of a part of one that is called `network`."""
     found: dict[str, str] = {}
     for key in keys:
         if match := WEIGHT_KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None:
@@ -1676,9 +1683,6 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
     """The columns `label` (size n), `name` (micro-dataset) and, where there is one, `recipe` of a shard.
 
     Of a ClassLabel they are the names of its classes.
-
-    Args:
-        classes_of_readme: `Shard.classes`.
 
     Raises:
         DsireError: a column is missing, has nulls, or does not hold sizes from 1 up and names.
@@ -1770,9 +1774,7 @@ def pair_spectra(
 ) -> tuple[Tensor, list[int]]:
     """The spectra of one layer in an open parquet file, [3, models, r], and its shape [out, in, rank].
 
-    Args:
-        pair: the columns of "A" and "B", and perhaps of LoCon's "mid", of "alpha" and of DoRA's "magnitude".
-        models, shard: what the file's models, and the file, are called in a message.
+    `models` and `shard` are what the file's models, and the file, are called in a message.
     """
     found: list[Tensor] = []
     lengths: dict[str, int] = {}
@@ -1822,8 +1824,7 @@ def voters_of(layers: Mapping[str, Iterable[str]]) -> list[Voter]:
     return sorted(voters, key=lambda voter: voter.matrix == "BA")
 
 
-def methods_of(layers: dict[str, dict[str, str]]) -> str:
-    """The method of a model's layers, or all of them."""
+def methods_of(layers: Keys) -> str:
     return " and ".join(sorted({method_of(pair) for pair in layers.values()}))
 
 
@@ -1918,7 +1919,7 @@ class Weights:
     header: dict[str, str]
 
     @cached_property
-    def settings(self) -> dict[str, dict[str, Any]]:
+    def settings(self) -> Settings:
         return lora_settings(self.path, self.header)
 
     def matrix(self, key: str, least_dimensions: int = 2) -> Tensor:
@@ -2058,8 +2059,8 @@ def parsed(text: str) -> Any:
         return {"true": True, "false": False, "none": None, "": None}.get(text.lower(), text)
 
 
-def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """LoRA's settings in PEFT's words, for each network (as `in_network` calls it) that something is said of.
+def lora_settings(path: Path, header: dict[str, str]) -> Settings:
+    """What a header, or the JSON beside a file, says of LoRA's scale.
 
     Raises:
         DsireError: they can't be read, contradict each other, or say that BA is not the change of the weights.
@@ -2071,7 +2072,7 @@ def lora_settings(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any
     if "lora_adapter_metadata" in header or "lora_alpha" not in said:
         place, config = peft_config(path, header)
         alpha = 8  # PEFT's default
-    settings: dict[str, dict[str, Any]] = {}
+    settings: Settings = {}
     for name, value in config.items():
         network, _, key = name.rpartition(".")
         key = HEADER_ENTRIES.get(key, key)
@@ -2112,7 +2113,7 @@ def peft_config(path: Path, header: dict[str, str]) -> tuple[str, dict[str, Any]
     return place, config
 
 
-def settings_of(pair: dict[str, str], settings: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str]:
+def settings_of(pair: dict[str, str], settings: Settings) -> tuple[dict[str, Any], str]:
     """What is said of the network that a layer with these keys is part of, and the layer's path in that network."""
     match = MATRIX_KEY.fullmatch(next(iter(pair.values())))
     assert match is not None
@@ -2141,11 +2142,7 @@ def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) ->
 
 
 def peft_scale(settings: dict[str, Any], path: str, rank: int | None) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) for rslora, of a layer whose path in its network is given.
-
-    Args:
-        rank: r of this layer, from the shape of A; None if its matrices are whole, so that only the settings say it.
-    """
+    """lora_alpha / r, or lora_alpha / sqrt(r) for rslora, of a layer; its rank is as in `scale_of`."""
     r = by_pattern(settings, "rank_pattern", path, settings.get("r"))
     rank = r if rank is None else rank
     if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
@@ -2181,7 +2178,8 @@ def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
     """What the product of a layer's matrices is multiplied by, alpha / r; 1 where nothing states alpha.
 
     Args:
-        rank: r of the layer; None for a LoKr of two whole matrices, which has none (LyCORIS then ignores alpha).
+        rank: r of the layer, from the shape of A; None for a LoKr of two whole matrices, which has none (LyCORIS then
+            ignores alpha, and only the settings say r).
 
     Raises:
         DsireError: an alpha is no number, or the settings contradict the matrices.
@@ -2299,9 +2297,7 @@ def network_of(path: Path) -> str:
     return network if in_network(f"{network}x") != ("", f"{network}x") else ""
 
 
-def model_layers(
-    keys: list[str], path: Path, base: Base | None
-) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
+def model_layers(keys: list[str], path: Path, base: Base | None) -> tuple[Keys, list[str], list[str]]:
     """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model; NoLora if it is neither."""
     try:
         return lora_layers(keys, path.name, strays=True)
@@ -2395,9 +2391,6 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
     """The spectra of a layer of LoRA, DoRA, LoHa or LoKr.
 
     Facts: whether alpha is not stated ("unscaled") or "zero", and whether the change is zero ("unchanged").
-
-    Raises:
-        DsireError: the parts do not fit each other, or a weight is not finite.
     """
     method, keys, file = method_of(pair), ", ".join(map(shown, pair.values())), weights.path.name
     settings, _ = settings_of(pair, weights.settings)
@@ -2470,7 +2463,7 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
     if 2 * sum(its.facts.get("foreign", 0) for its in found.values()) > len(found):
         much = f"most of its weights differ by over {FOREIGN:.0%} of theirs"
         raise DsireError(f"{path.name} is no fine-tune of this base: {much}")
-    notes, first = about_layers(pairs, layers, others, lone)
+    notes, untrained = about_layers(pairs, layers, others, lone)
     stated = stated_size(weights.header)
     if stated:
         notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
@@ -2488,19 +2481,12 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         notes=notes,
         recipes=stated_recipe(weights.header),
         method=methods_of(pairs),
-        first=first,
+        first=[UNTRAINED] if untrained else [],
     )
 
 
-def about_layers(
-    pairs: dict[str, dict[str, str]], layers: dict[str, Layer], others: list[str], lone: list[str]
-) -> tuple[list[str], list[str]]:
-    """What is to be said of a file's layers, by their facts: notes, and what has to be known before an estimate.
-
-    Args:
-        others: keys of what is no part of a layer.
-        lone: keys of parts of layers that aren't whole.
-    """
+def about_layers(pairs: Keys, layers: dict[str, Layer], others: list[str], lone: list[str]) -> tuple[list[str], bool]:
+    """What is to be said of a file's layers, by their facts, and of its other keys; and whether nothing was trained."""
 
     def total(fact: str) -> float:
         return sum(layer.facts.get(fact, 0) for layer in layers.values())
@@ -2530,7 +2516,7 @@ def about_layers(
     for init in sorted({its.init for its in layers.values()} - {""}):
         unlike = "BA is not the change of the weights, only models that began so are comparable"
         notes.append(f"init_lora_weights is {init}: {unlike}")
-    return notes, [UNTRAINED] if unchanged == judged else []
+    return notes, unchanged == judged
 
 
 # kohya's entries about how a model was trained; numbers are compared as numbers
@@ -2715,10 +2701,7 @@ class Source:
 def find_source(
     dataset: str, subset: str | None, revision: str | None, cache: Path, base: Base | None = None
 ) -> Source:
-    """The files of a subset in a folder or on the Hub.
-
-    Args:
-        base: what models in files were fine-tuned from.
+    """The files of a subset in a folder or on the Hub; `base` is what models in files were fine-tuned from.
 
     Raises:
         DsireError: no such dataset or subset, or the Hub can't be reached and nothing is known of it.
@@ -2947,7 +2930,10 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
     what = f"dataset {dataset}" + (f" at revision {revision}" if revision else "")
     digest = hashlib.sha256(json.dumps([dataset, revision, subset]).encode()).hexdigest()[:16]
     saved = cache / "sources" / f"{digest}.json"
-    known = read_source(saved)
+    known = None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or not written by this version
+        facts = json.loads(saved.read_text())
+        known = Source(**{**facts, "shards": [Shard(**shard) for shard in facts["shards"]]})
     if known and revision == known.commit:
         return known
     try:
@@ -2974,27 +2960,15 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
         cards = {name: fetched_card(name) for name in CARDS if name in files}
         parquet = [name for name in files if name.endswith(".parquet") and not re.search(r"(^|/)\.", name)]
         subset, names, notes, classes = files_of_subset(what, cards, parquet, subset)
-    facts = [files[name] for name in names]
-    shards = [Shard(fact.path, fact.size, fact.lfs.sha256 if fact.lfs else fact.blob_id, classes) for fact in facts]
+    found = [files[name] for name in names]
+    shards = [Shard(its.path, its.size, its.lfs.sha256 if its.lfs else its.blob_id, classes) for its in found]
     source = Source(info.id, subset, info.sha, shards, notes)
     write_json(saved, asdict(source))
     return source
 
 
-def read_source(file: Path) -> Source | None:
-    try:
-        saved = json.loads(file.read_text())
-        return Source(**{**saved, "shards": [Shard(**shard) for shard in saved["shards"]]})
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not written by this version
-        return None
-
-
 def fetch(source: Source, shard: Shard, cache: Path) -> Path:
-    """The shard on disk: where it is, or downloaded by huggingface_hub and checked against its SHA-256.
-
-    Raises:
-        DsireError: it can't be had, or is damaged also when it is fetched anew.
-    """
+    """The shard on disk: where it is, or downloaded by huggingface_hub and checked against its SHA-256."""
     if not source.commit:
         return Path(shard.file)
     folder = cache / "downloads" / source.dataset.replace("/", "--")
@@ -3315,11 +3289,14 @@ def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
     voters = [voter for voter in known[0].voters if voter in of_all and voter.layer in common]
     if not voters:
         raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
-    notes, methods = [], {file.method: shown(file.names[0]) for file in reversed(known)}
+    notes: list[str] = []
+    methods: dict[str, str] = {}  # each with the first file that is of it
+    for file in known:
+        methods.setdefault(file.method, shown(file.names[0]))
     if dropped := {layer for its in shapes for layer in its} - common.keys():
         notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
     if len(methods) > 1:
-        some = ", ".join(f"{method} ({name})" for method, name in reversed(methods.items()))
+        some = ", ".join(f"{method} ({name})" for method, name in methods.items())
         notes.append(f"several methods, compared by {matrices_of(voters)} alone: {some}")
     spectra = [file.of_voters(voters).values for file in known]
     width = (max if len(methods) == 1 else min)(its[..., its.any(1).any(0)].shape[-1] for its in spectra)
@@ -3399,11 +3376,7 @@ def plain_name(name: str) -> str:
 
 
 def located(item: str, cache: Path) -> Path:
-    """The file or folder on disk that the user means: a path, or a Hub repository or a file in it (user/name:file).
-
-    Raises:
-        DsireError: there is nothing there.
-    """
+    """The file or folder on disk that the user means: a path, or a Hub repository or a file in it (user/name:file)."""
     path = path_of(item)
     if item and os.path.exists(path):
         return path
@@ -3425,19 +3398,14 @@ def located(item: str, cache: Path) -> Path:
 
 
 def files_to_predict(item: str, cache: Path, base: Base | None = None) -> tuple[list[Path], list[str]]:
-    """The weight files that the user means (a file, those of a folder, or of a Hub repository), and what is left out.
-
-    Raises:
-        DsireError: there is no such file, folder or repository, or no weight file in it.
-    """
+    """The weight files that the user means (a file, a folder's, or a Hub repository's), and notes of what is left out."""
     path = located(item, cache)
     if path.is_file():
         return [path], []
     files, notes = weight_files(path, base)
     if not files:
         hint = "" if path == path_of(item) else "; name a pickle as user/name:file.bin"
-        what = "; ".join([f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}", *notes])
-        raise DsireError(what)
+        raise DsireError("; ".join([f"{item}: no weight files in it ({' '.join(WEIGHT_ENDINGS)}){hint}", *notes]))
     return files, notes
 
 
@@ -3449,17 +3417,6 @@ def absent(item: str) -> str:
             if item and file.stem == path.name:
                 return f"{shown(item)}: no such file or folder, but {shown(file.name)}"
     return f"{shown(item) if item else 'an empty name'}: no such file or folder"
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 up.
-
-    Raises:
-        argparse.ArgumentTypeError: it is something else.
-    """
-    if not re.fullmatch("[0-9]{1,16}", text) or not 1 <= int(text) < 2**53:
-        raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a whole number from 1 up")
-    return int(text)
 
 
 def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
@@ -3811,6 +3768,12 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def positive(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,16}", text) or not 1 <= int(text) < 2**53:
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a whole number from 1 up")
+    return int(text)
+
+
 def between_0_and_1(text: str) -> float:
     try:
         number = float(text)
@@ -3835,11 +3798,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--subset", help="a config of the dataset, such as low_32 (default: low_4, which ships with the script)")
-    add(
-        "--rank",
-        type=positive,
-        help="the LoRA rank (default: the one in the subset's name), or values kept of a change",
-    )
+    add("--rank", type=positive, help="the LoRA rank (default: the subset's name has it), or values kept of a change")
     add("--dataset", help=f"Hub repository, a folder of the same layout, or one of LoRA files (default: {LORA_WISE})")
     add("--revision", help="branch, tag or commit of the Hub dataset")
     add("--cache_dir", type=path_of, default=CACHE, help="for downloads and spectra (%(default)s)")
@@ -4005,23 +3964,19 @@ def predict(
 ) -> bool:
     """An estimate for each file that can be read, and an error for each that can't; True if all could be.
 
-    Args:
-        refused: what the user named and could not be had, and why.
-        base: what files may be fine-tunes of.
+    `refused` is what the user named and could not be had, and why.
     """
     by_recipe = arguments.leave_out == "recipe"
     units, unit = (fitted.of_recipe, "recipe") if by_recipe else (fitted.micro_datasets, "micro-dataset")
     if by_recipe and len(units.unique()) == 1:
-        raise DsireError(
-            "--leave_out=recipe needs labelled models of two recipes: a column `recipe` says which is which"
-        )
+        raise DsireError("--leave_out=recipe needs models of two recipes: a column `recipe` says which is which")
     notes = notes + what_can_be_supported(fitted.sizes, units, arguments.confidence, unit)
     alike: dict[tuple[Any, ...], list[Spectra]] = {}  # files with the same layers are judged together
-    width, device = fitted.values.shape[-1], settings["device"]
+    width = fitted.values.shape[-1]
     judged: list[tuple[Estimate, Spectra, Spectra]] = []
     for path in paths:
         try:
-            file = matched(file_spectra(path, base, max(LARGEST, width), device), fitted)
+            file = matched(file_spectra(path, base, max(LARGEST, width), settings["device"]), fitted)
             alike.setdefault((file.values.shape[-1], *file.voters), []).append(file)
         except DsireError as error:
             refused[str(path)] = about_file(error, path, str(path))
@@ -4054,24 +4009,13 @@ def said_at_the_end(lines: list[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        say(lines)
-
-
-def say(lines: list[str]) -> None:
-    """Print what was found.
-
-    Raises:
-        DsireError: it can't be printed.
-        BrokenPipeError: nobody reads it any more.
-    """
-    try:
-        print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise DsireError(
-            f"the report can't be printed ({error.strerror}); give --output to have it in files"
-        ) from error
+        try:
+            print(*lines, sep="\n", flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            hint = "give --output to have it in files"
+            raise DsireError(f"the report can't be printed ({error.strerror}); {hint}") from error
 
 
 def print_error(error: DsireError) -> None:
