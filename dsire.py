@@ -2734,17 +2734,18 @@ def folder_source(folder: Path, subset: str | None, base: Base | None = None) ->
         if subset is not None:
             raise DsireError(f"--subset={subset}: {folder} holds LoRA files, which have no subsets; leave it out")
         files, notes = weight_files(folder, base) if labels is None else (sorted(labels), [])
-        listed = {*files, *(file.absolute() for file in (base.files if base else []))}
-        unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & listed]
-        if labels is not None and unlisted:
-            such = shown(unlisted[0].relative_to(folder).as_posix())
-            notes.append(f"left out, as not in metadata.csv: {counted(len(unlisted), 'file')}, such as {such}")
-        elsewhere = [file for file in visible_files(folder, [".csv"]) if file.name == "metadata.csv"]
-        if labels is None and elsewhere:
-            notes.append(f"{shown(elsewhere[0])} is not read: it does not lie in {folder} itself")
+        if labels is None:
+            lists = [file for file in visible_files(folder, [".csv"]) if file.name == "metadata.csv"]
+            notes += [f"{shown(file)} is not read: it does not lie in {folder} itself" for file in lists[:1]]
+        else:
+            listed = {*files, *(file.absolute() for file in (base.files if base else []))}
+            unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & listed]
+            if unlisted:
+                such = shown(unlisted[0].relative_to(folder).as_posix())
+                notes.append(f"left out, as not in metadata.csv: {counted(len(unlisted), 'file')}, such as {such}")
         if not files:
-            what = "; ".join(["neither parquet nor LoRA files", *notes])
-            raise DsireError(f"--dataset={folder} holds {what} ({' '.join(WEIGHT_ENDINGS)})")
+            what = f"neither parquet nor LoRA files ({' '.join(WEIGHT_ENDINGS)})"
+            raise DsireError("; ".join([f"--dataset={folder} holds {what}", *notes]))
         if parquet:
             notes.append(f"left out, as LoRA files decide: {counted(len(parquet), 'parquet file')} in {folder}")
         return Source(str(folder), folder.resolve().name, "", [shard_on_disk(file, base) for file in files], notes)
@@ -2909,9 +2910,7 @@ def ask_hub(what: str, question: Callable[[Any], T], download: bool = False) -> 
                 log.handlers, log.propagate = [SayRetries()], False
                 if not sys.stderr.isatty():
                     huggingface_hub.utils.disable_progress_bars()
-                if download:
-                    return question(huggingface_hub.HfApi())
-                patience = 30 * huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+                patience = None if download else 30 * huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
                 return in_background(question, huggingface_hub.HfApi()).result(patience)
         except HubBusy as error:
             if not wait:
@@ -2919,6 +2918,11 @@ def ask_hub(what: str, question: Callable[[Any], T], download: bool = False) -> 
             print(f"{str(error).removesuffix('; try again later')}; asking again", file=sys.stderr)
             time.sleep(wait)
     raise AssertionError
+
+
+def download(what: str, repository: str, name: str, **options: Any) -> Path:
+    """A file of a Hub repository, on disk; `what` it is called in a message."""
+    return ask_hub(what, lambda api: Path(api.hf_hub_download(repository, name, **options)), download=True)
 
 
 def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> Source:
@@ -2951,13 +2955,10 @@ def hub_source(dataset: str, subset: str | None, revision: str | None, cache: Pa
         tree = api.list_repo_tree(info.id, repo_type="dataset", revision=info.sha, recursive=True)
         return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}  # a folder has none
 
-    def fetched_card(name: str) -> Path:
-        fetched = {"repo_type": "dataset", "revision": info.sha, "cache_dir": cache / "hub"}
-        return ask_hub(what, lambda api: Path(api.hf_hub_download(info.id, name, **fetched)))
-
+    options = {"repo_type": "dataset", "revision": info.sha, "cache_dir": cache / "hub"}
     with disk_errors(cache):
         files = ask_hub(what, listed)
-        cards = {name: fetched_card(name) for name in CARDS if name in files}
+        cards = {name: download(what, info.id, name, **options) for name in CARDS if name in files}
         parquet = [name for name in files if name.endswith(".parquet") and not re.search(r"(^|/)\.", name)]
         subset, names, notes, classes = files_of_subset(what, cards, parquet, subset)
     found = [files[name] for name in names]
@@ -2975,15 +2976,10 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
     for half in (folder / ".cache").rglob(f"*{shard.etag}*.incomplete"):  # of a run that was killed: it is not resumed
         half.unlink(missing_ok=True)
     what = f"{shard.file} of dataset {source.dataset}"
-    options: dict[str, Any] = {"repo_type": "dataset", "revision": source.commit, "local_dir": folder}
-
-    def download(api: Any) -> Path:
-        return Path(api.hf_hub_download(source.dataset, shard.file, **options))
-
+    options = {"repo_type": "dataset", "revision": source.commit, "local_dir": folder}
     with disk_errors(folder):
         for again in (False, True):
-            options["force_download"] = again
-            path = ask_hub(what, download, download=True)
+            path = download(what, source.dataset, shard.file, force_download=again, **options)
             if is_whole(path, shard):
                 return path
         path.unlink()
@@ -3387,18 +3383,15 @@ def located(item: str, cache: Path) -> Path:
     what = item if name else f"{absent(item)} here; on the Hub, {item}"
     place = cache / "hub"
     patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
-
-    def download(api: Any) -> Path:
-        if name:
-            return Path(api.hf_hub_download(repository, name, cache_dir=place))
-        return Path(api.snapshot_download(repository, cache_dir=place, allow_patterns=patterns))
-
+    options = {"cache_dir": place, "allow_patterns": patterns}
     with disk_errors(place):
-        return ask_hub(what, download, download=True)
+        if name:
+            return download(what, repository, name, cache_dir=place)
+        return ask_hub(what, lambda api: Path(api.snapshot_download(repository, **options)), download=True)
 
 
 def files_to_predict(item: str, cache: Path, base: Base | None = None) -> tuple[list[Path], list[str]]:
-    """The weight files that the user means (a file, a folder's, or a Hub repository's), and notes of what is left out."""
+    """The weight files that the user means (a file, a folder's, a Hub repository's), and notes of what is left out."""
     path = located(item, cache)
     if path.is_file():
         return [path], []
@@ -3980,7 +3973,7 @@ def predict(
             alike.setdefault((file.values.shape[-1], *file.voters), []).append(file)
         except DsireError as error:
             refused[str(path)] = about_file(error, path, str(path))
-            print_error(DsireError(refused[str(path)]))
+            print_error(refused[str(path)])
     for files in alike.values():
         known = fitted.of_voters(files[0].voters)
         known = replace(known, values=of_rank(known.values, files[0].values.shape[-1]))
@@ -4018,7 +4011,7 @@ def said_at_the_end(lines: list[str]) -> Iterator[None]:
             raise DsireError(f"the report can't be printed ({error.strerror}); {hint}") from error
 
 
-def print_error(error: DsireError) -> None:
+def print_error(error: object) -> None:
     print(f"dsire.py: error: {error}", file=sys.stderr)
 
 
