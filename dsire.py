@@ -590,9 +590,9 @@ class LogRidge:
 
         With the hat matrix H (fitted values H y) and a unit f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f
         when f is left out. A fit isn't changed by models that lie on it: so with f left out, new models are answered as
-        if y_f had been what is said of f. The scale of the features, the penalty, the deviation and, of several recipes,
-        the places in `local_kernels` are those of all training models, whatever is left out: only up to these are left-
-        out models like new ones.
+        if y_f had been what is said of f. The scale of the features, the penalty, the deviation and, for recipes,
+        the places in `local_kernels` are those of all models, whatever is left out: but for these, models that are left
+        out are like new ones.
 
         Args:
             units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
@@ -1511,7 +1511,7 @@ def layer_name(path: str) -> str:
     'down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0'
     """
     network, path = in_network(path)
-    name = path.replace(".processor.", ".").replace(".", "_")
+    name = path.replace(".processor.", ".").replace(".", "_").removeprefix("text_model_")  # CLIP has it or not
     name += "_0" if name.endswith("_to_out") else ""  # old attention processors leave the 0 out
     if xlabs := re.fullmatch(r"(double_blocks_\d+)_(qkv|proj)([12])", name):  # of the image's stream and the text's
         name = f"{xlabs[1]}_{'img' if xlabs[3] == '1' else 'txt'}_attn_{xlabs[2]}"
@@ -1766,7 +1766,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
     order = voters_of({layer: [*pair, *["BA"] * ("magnitude" not in pair)] for layer, pair in layers.items()})
     values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
     shapes = {layer: shape for layer, (_, shape) in spectra.items()}
-    return Spectra(values, sizes, names, order, shapes, notes, recipes, method=methods_of(layers))
+    return Spectra(
+        values, sizes, names, order, shapes, notes, recipes, method=methods_of(map(method_of, layers.values()))
+    )
 
 
 def pair_spectra(
@@ -1824,8 +1826,9 @@ def voters_of(layers: Mapping[str, Iterable[str]]) -> list[Voter]:
     return sorted(voters, key=lambda voter: voter.matrix == "BA")
 
 
-def methods_of(layers: Keys) -> str:
-    return " and ".join(sorted({method_of(pair) for pair in layers.values()}))
+def methods_of(layers: Iterable[str]) -> str:
+    """What a model with layers of these methods is."""
+    return " and ".join(sorted(set(layers)))
 
 
 def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
@@ -2234,6 +2237,7 @@ class Layer(NamedTuple):
     shape: list[int]
     spectra: dict[str, Tensor]
     facts: Mapping[str, float]
+    method: str = ""  # with what else makes spectra unlike: LoHa's rank, the type that a full model is stored in
     init: str = ""  # how A and B began, if BA is not the change of the weights then
 
 
@@ -2262,7 +2266,9 @@ class Base:
     def identity(self) -> str:
         """What changes with the files, for the keys of the cache."""
         facts = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        return hashlib.sha256(json.dumps(facts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([facts, sorted(self.layers)]).encode("utf-8", "backslashreplace")).hexdigest()[
+            :16
+        ]
 
 
 @contextmanager
@@ -2329,9 +2335,9 @@ def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, d
     if new.shape != old.shape:
         return Layer([], {}, {"other shape": 1})
     change = new - old
-    last_digit = max(torch.finfo(stored.dtype).eps, torch.finfo(old_type).eps) * new.abs()
+    coarse = max(stored.dtype, old_type, key=lambda dtype: torch.finfo(dtype).eps)
+    last_digit = torch.finfo(coarse).eps * new.abs()
     norm, rounding = (float(torch.linalg.vector_norm(its)) for its in (change, change[change.abs() <= last_digit]))
-    coarse = max(stored.dtype, old_type, key=lambda dtype: torch.finfo(dtype).eps)  # a copy in half precision
     facts = {"unchanged": torch.equal(new.to(coarse), old.to(coarse)), "change": norm**2, "rounding": rounding**2}
     facts["foreign"] = norm > FOREIGN * float(torch.linalg.vector_norm(old))
     del new, old, last_digit  # a model's largest matrices take hundreds of megabytes each
@@ -2339,7 +2345,7 @@ def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, d
         spectrum = matrix_spectrum(change.to(device), count).cpu()
     except torch.cuda.OutOfMemoryError:
         spectrum = matrix_spectrum(change, count)
-    return Layer([*change.shape], {"BA": spectrum}, facts)
+    return Layer([*change.shape], {"BA": spectrum}, facts, f"full fine-tune in {str(coarse).removeprefix('torch.')}")
 
 
 def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor, by_input: bool) -> Tensor:
@@ -2405,9 +2411,10 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
             if "magnitude" in pair:
                 raise DsireError(f"{file}: {keys} are a {method} with DoRA's magnitudes{MERGE_IT}")
             parts = {part: weights.matrix(key) for part, key in pair.items() if part != "alpha"}
-            ranks = {len(matrix) for part, matrix in parts.items() if part.endswith("_b")}
-            scale = scale_of(weights, pair, max(ranks, default=None))
+            rank = max((len(matrix) for part, matrix in parts.items() if part.endswith("_b")), default=None)
+            scale = scale_of(weights, pair, rank)
             shape, unscaled = (loha_change if method == "LoHa" else lokr_change)(parts, count)
+            method += f" of rank {rank}" if rank else ""
         if method != "DoRA":
             spectra["BA"] = unscaled * abs(scale)
         elif base and layer in base.layers:
@@ -2422,7 +2429,7 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
     facts = {"unscaled": unstated, "zero": scale == 0, "unchanged": not unscaled.any()}
     init = settings.get("init_lora_weights")
     uncommon = "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
-    return Layer(shape, spectra, facts, uncommon)
+    return Layer(shape, spectra, facts, method, uncommon)
 
 
 def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
@@ -2480,7 +2487,7 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         shapes={layer: its.shape for layer, its in named.items()},
         notes=notes,
         recipes=stated_recipe(weights.header),
-        method=methods_of(pairs),
+        method=methods_of(its.method for its in named.values()),
         first=[UNTRAINED] if untrained else [],
     )
 
@@ -2662,6 +2669,8 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
         notes.append(f"{hold} no LoRA, such as {shown(others[0])}")
         if not loras and base is None:
             notes.append("full models are judged with --base")
+    if of_base & {os.path.realpath(path) for path in visible_files(folder, WEIGHT_ENDINGS)}:
+        notes.append(f"the base itself, in {folder}, is left out")
     return sorted(loras), notes
 
 
@@ -3269,7 +3278,8 @@ def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu",
         files = f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv"
         said.append(f"{files}: each training is a micro-dataset of its own, and nothing says which share images")
     models = join_files(known, folder)
-    return replace(models, notes=said + models.notes, recipes_stated=labels is None)
+    one_method = " or " not in models.method
+    return replace(models, notes=said + models.notes, recipes_stated=labels is None and one_method)
 
 
 def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
@@ -3286,18 +3296,18 @@ def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
     if not voters:
         raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
     notes: list[str] = []
-    methods: dict[str, str] = {}  # each with the first file that is of it
-    for file in known:
-        methods.setdefault(file.method, shown(file.names[0]))
+    methods = {file.method: shown(name) for name, file in reversed(files.items())}  # each with its first file
     if dropped := {layer for its in shapes for layer in its} - common.keys():
         notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
     if len(methods) > 1:
         some = ", ".join(f"{method} ({name})" for method, name in methods.items())
-        notes.append(f"several methods, compared by {matrices_of(voters)} alone: {some}")
+        notes.append(f"several methods, each a recipe of its own, compared by {matrices_of(voters)}: {some}")
+        known = [replace(file, recipes=[f"{file.recipes[0]} {file.method}".strip()]) for file in known]
     spectra = [file.of_voters(voters).values for file in known]
-    width = (max if len(methods) == 1 else min)(its[..., its.any(1).any(0)].shape[-1] for its in spectra)
+    widths = [int(its.any(1).any(0).sum()) for its in spectra]
+    width = (max if len(methods) == 1 else min)(filter(None, widths), default=1)  # an untrained one's is 0
     models = [
-        replace(file, values=of_rank(its, max(1, width)), voters=voters, shapes=common, notes=notes, first=[])
+        replace(file, values=of_rank(its, width), voters=voters, shapes=common, notes=notes, first=[])
         for file, its in zip(known, spectra, strict=True)
     ]
     return replace(join_shards(models, [*files]), method=" or ".join(sorted(methods)))

@@ -209,7 +209,7 @@ def test_a_merged_lora_has_the_spectra_of_the_lora(names: str, tmp_path: Path) -
     old, new = model(its), changed(model(its), its)
     lora = spectra(lora_file(tmp_path / "lora.safetensors", its))
     full = spectra(write(tmp_path / "full.safetensors", new), write(tmp_path / "base.safetensors", old))
-    assert (full.method, full.first, full.notes) == ("full fine-tune", [], [])
+    assert (full.method, full.first, full.notes) == ("full fine-tune in float64", [], [])
     of_lora, of_full = changes(lora), changes(full)
     assert of_lora.keys() == of_full.keys() == full.shapes.keys()
     for layer, values in of_lora.items():
@@ -248,7 +248,7 @@ def as_ldm() -> Tensors:
 
 def expected_of_ldm() -> dict[str, Tensor]:
     expected = differences(as_ldm(), model(IN_LDM), IN_LDM.values())
-    return expected | {f"text_encoder_{flat(TEXT)}": normal(9, 9, seed=31) / 9}
+    return expected | {f"text_encoder_{flat(TEXT).removeprefix('text_model_')}": normal(9, 9, seed=31) / 9}
 
 
 def write_parts(folder: Path, form: str) -> Path:
@@ -450,7 +450,8 @@ def test_loha_of_lycoris(options: dict[str, Any], tmp_path: Path) -> None:
     expected = by_lycoris(LohaModule, tmp_path / "loha.safetensors", **options)
     found = spectra(tmp_path / "loha.safetensors")
     assert_changes(found, expected, 1e-6)
-    assert (found.method, found.notes, {voter.matrix for voter in found.voters}) == ("LoHa", [], {"BA"})
+    assert found.method.startswith("LoHa of rank ")
+    assert (found.notes, {voter.matrix for voter in found.voters}) == ([], {"BA"})
 
 
 LOKR: dict[str, tuple[dict[str, Any], str]] = {
@@ -473,7 +474,7 @@ def test_lokr_of_lycoris(case: str, tmp_path: Path) -> None:
     assert set(parts.split()) <= its
     found = spectra(tmp_path / "lokr.safetensors")
     assert_changes(found, expected, 1e-6)
-    assert (found.method, found.notes) == ("LoKr", [])
+    assert (found.method.split()[0], found.notes) == ("LoKr", [])
 
 
 def test_alpha_means_nothing_for_two_whole_matrices(tmp_path: Path) -> None:
@@ -511,7 +512,7 @@ def test_loha_and_lokr_of_peft(case: str, tmp_path: Path) -> None:
     expected = {layer: getattr(model.base_model.model, layer).get_delta_weight("default") for layer in LAYERS}
     found = spectra(tmp_path / "adapter_model.safetensors")
     assert_changes(found, expected, 1e-6)
-    assert (found.method, found.notes) == (case.partition(",")[0], [])
+    assert (found.method.split()[0], found.notes) == (case.partition(",")[0], [])
 
 
 @pytest.mark.parametrize("on_out", [True, False], ids=["rows", "columns"])
@@ -643,7 +644,7 @@ def label(folder: Path, kind: str, base: Path, other: str = "", rows: bool = Tru
     return folder
 
 
-CALLED = {"full": "full fine-tune", "LoRA": "LoRA", "LoHa": "LoHa", "DoRA": "DoRA"}
+CALLED = {"full": "full fine-tune in float64", "LoRA": "LoRA", "LoHa": "LoHa of rank 2", "DoRA": "DoRA"}
 
 
 @pytest.mark.parametrize(
@@ -675,6 +676,20 @@ def test_a_merged_lora_is_judged_as_the_lora_is_by_loras(base: Path, run: Run) -
     assert lora["votes"] == pytest.approx(full["votes"], abs=1e-6)
 
 
+def test_what_is_stored_in_another_type_or_of_another_rank_is_another_method(base: Path, run: Run) -> None:
+    """The least singular values are rounding then, or lack."""
+    folder = label(base.with_name("labelled"), "full", base)
+    full = load_file(tune("full", base.with_name("full.safetensors"), base, 77))
+    half = write(base.with_name("half.safetensors"), {key: tensor.half() for key, tensor in full.items()})
+    outcome = run("--dataset", folder, "--base", base, "--predict", half)
+    assert "it is a full fine-tune in float16, and each labelled model a full fine-tune in float64" in outcome.out
+    labelled = label(base.with_name("loha"), "LoHa", base)
+    thin = load_file(tune("LoHa", base.with_name("thin.safetensors"), base, 77))
+    cut = {k: t[:1] if k.endswith("_b") else t[:, :1] if k.endswith("_a") else t for k, t in thin.items()}
+    outcome = run("--dataset", labelled, "--predict", write(base.with_name("cut.safetensors"), cut))
+    assert "it is a LoHa of rank 1, and each labelled model a LoHa of rank 2" in outcome.out
+
+
 def test_dora_needs_its_base_to_be_judged_by_changes(base: Path, run: Run) -> None:
     folder = label(base.with_name("labelled"), "LoHa", base)
     file = tune("DoRA", base.with_name("dora.safetensors"), base, 77)
@@ -687,10 +702,13 @@ def test_a_folder_of_two_methods_is_compared_by_what_both_have(base: Path, run: 
     outcome = run("--dataset", folder, "--train_size=3")
     assert outcome.code == 0, outcome.err
     (note,) = [line for line in outcome.out.splitlines() if "several methods" in line]
-    assert "compared by BA alone: LoRA (" in note
-    assert ", LoHa (" in note
+    assert "each a recipe of its own, compared by BA: " in note
+    assert "LoRA (a1.safetensors)" in note
+    assert "LoHa of rank 2 (d1.safetensors)" in note
     assert "matrices BA, so 3 voters" in outcome.out
-    assert "LoHa or LoRA" in outcome.out
+    assert "LoHa of rank 2 or LoRA" in outcome.out
+    asked = run("--dataset", folder, "--predict", tune("LoRA", base.with_name("lora.safetensors"), base, 77))
+    assert not any("another method" in reason for reason in asked.report["estimates"][0]["first"])
 
 
 def test_the_base_itself_is_untrained(base: Path, run: Run) -> None:
@@ -707,8 +725,11 @@ def test_a_base_in_the_labelled_folder_is_left_out(rows: bool, base: Path, run: 
     folder = label(base.with_name("labelled"), "full", base, rows=rows)
     inside = Path(shutil.move(base, folder / "base.safetensors"))
     outcome = run("--dataset", folder, "--base", inside, "--train_size=3")
-    assert ": 12 models, 4 micro-datasets, sizes 1 2 3\n3 layers; full fine-tune, matrices BA, so 3" in outcome.out
-    assert not [line for line in outcome.out.splitlines() if "note:" in line and "base" in line]
+    assert (
+        ": 12 models, 4 micro-datasets, sizes 1 2 3\n3 layers; full fine-tune in float64, matrices BA, so 3"
+        in outcome.out
+    )
+    assert rows or f"note: the base itself, in {folder}, is left out" in outcome.out
     assert run("--dataset", folder, "--base", inside, "--predict", folder).code == 0
 
 
@@ -748,7 +769,7 @@ def test_labelled_loras_in_parquet_and_a_full_model_to_predict(run: Run, tmp_pat
     base, full = write(tmp_path / "base.safetensors", old), write(tmp_path / "full.safetensors", new)
     outcome = run("--dataset", wise, "--base", base, "--predict", full)
     assert outcome.code == 0, outcome.err
-    said = "another method: it is a full fine-tune, and each labelled model a LoRA; compared by BA"
+    said = "another method: it is a full fine-tune in float64, and each labelled model a LoRA; compared by BA"
     assert f"\n{full}: {said}" in outcome.out
 
 
