@@ -1968,9 +1968,6 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a pickle by name, and its other entries as strings.
 
     Dictionaries may lie within each other: their keys are joined with dots. An alpha that is a number becomes a tensor.
-
-    Raises:
-        DsireError: it isn't a pickle of plain tensors, or a matrix in it is something else.
     """
     outside = content = unpickled(path)
     for _ in range(3):  # a checkpoint's weights lie under this key
@@ -2144,20 +2141,6 @@ def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) ->
     return default
 
 
-def peft_scale(settings: dict[str, Any], path: str, rank: int | None) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) for rslora, of a layer; its rank is as in `scale_of`."""
-    r = by_pattern(settings, "rank_pattern", path, settings.get("r"))
-    rank = r if rank is None else rank
-    if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
-        raise DsireError(f"r is {shown(repr(r))}, but {shown(path)} has rank {rank}")
-    alpha = by_pattern(settings, "alpha_pattern", path, settings["lora_alpha"])
-    scale = settings.get("scale", 1)
-    for name, number in (("lora_alpha", alpha), ("scale", scale)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
-            raise DsireError(f"{name} is {shown(repr(number))}, not a number")
-    return float(alpha) * float(scale) / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
 def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
     """A tensor of floating point numbers as float64.
 
@@ -2178,7 +2161,7 @@ def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -
 
 
 def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
-    """What the product of a layer's matrices is multiplied by, alpha / r; 1 where nothing states alpha.
+    """What the product of a layer's matrices is multiplied by: alpha / r, or alpha / sqrt(r) for rslora; 1 if unstated.
 
     Args:
         rank: r of the layer, from the shape of A; None for a LoKr of two whole matrices, which has none (LyCORIS then
@@ -2196,9 +2179,17 @@ def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
     if "lora_alpha" not in own:
         return 1.0
     try:
-        return peft_scale(own, place, rank)
+        r = by_pattern(own, "rank_pattern", place, own.get("r"))
+        rank = r if rank is None else rank
+        if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
+            raise DsireError(f"r is {shown(repr(r))}, but {shown(place)} has rank {rank}")
+        alpha, scale = by_pattern(own, "alpha_pattern", place, own["lora_alpha"]), own.get("scale", 1)
+        for name, number in (("lora_alpha", alpha), ("scale", scale)):
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
+                raise DsireError(f"{name} is {shown(repr(number))}, not a number")
     except DsireError as error:
         raise DsireError(f"{file}: its LoRA settings: {error}") from error
+    return float(alpha) * float(scale) / (rank**0.5 if own.get("use_rslora") else rank)
 
 
 def lora_matrices(weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tensor]:
@@ -2626,10 +2617,7 @@ def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
 
 
 def holds_no_lora(path: Path, base: Base | None = None) -> bool:
-    """Whether a file is known to be of something else; what is wrong with a LoRA is said when it is judged.
-
-    Given a base, models that were fine-tuned from it are judged, too.
-    """
+    """Whether a file is known to be neither LoRA nor fine-tune of the base; what is wrong with one is said later."""
     if path.suffix.lower() in PICKLE_ENDINGS and TRAINERS.match(path.name):
         return True
     try:
@@ -2676,7 +2664,6 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the weights come from: a folder, or the Hub
-
 
 CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
 
@@ -2856,7 +2843,7 @@ def hub_errors(what: str) -> Iterator[None]:
     """Whatever huggingface_hub and datasets raise, when they are imported too, in one line that says what to do."""
     try:
         yield
-    except (DsireError, KeyboardInterrupt):
+    except DsireError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
@@ -2998,10 +2985,8 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
 def is_whole(path: Path, shard: Shard) -> bool:
     from huggingface_hub.utils.sha import sha_fileobj
 
-    if path.stat().st_size != shard.size:
-        return False
     if not re.fullmatch("[0-9a-f]{64}", shard.etag):  # a small file outside LFS: the Hub gives no SHA-256 of it
-        return True
+        return path.stat().st_size == shard.size
     with path.open("rb") as file:
         return sha_fileobj(file).hex() == shard.etag
 
@@ -3391,12 +3376,11 @@ def located(item: str, cache: Path) -> Path:
         raise DsireError(absent(item))
     repository, name = match[1], match[2]
     what = item if name else f"{absent(item)} here; on the Hub, {item}"
-    place = cache / "hub"
-    patterns = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
-    options = {"cache_dir": place, "allow_patterns": patterns}
-    with disk_errors(place):
+    options: dict[str, Any] = {"cache_dir": cache / "hub"}
+    with disk_errors(cache / "hub"):
         if name:
-            return download(what, repository, name, cache_dir=place)
+            return download(what, repository, name, **options)
+        options["allow_patterns"] = [*(f"*{ending}" for ending in SAFE_ENDINGS), "*adapter_config.json"]
         return ask_hub(what, lambda api: Path(api.snapshot_download(repository, **options)), download=True)
 
 
@@ -3426,9 +3410,6 @@ def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
     """The rank of the LoRAs in a subset: `rank`, or the one in a name like LoRA-WiSE's, 32 in medium_32_2; and notes.
 
     Any other number in a name (fold_2, seed_42) is no rank, though the columns' lengths may fit it.
-
-    Raises:
-        DsireError: neither says it.
     """
     if source.shards[0].is_lora:
         return rank or LARGEST, []  # LoRA says it itself, layer by layer; of a change of the weights it is a choice
@@ -3824,11 +3805,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def choose_device(name: str | None) -> str:
-    """The device to compute on: the one that is named, or this process's GPU, or the CPU.
-
-    Raises:
-        DsireError: the device can't be used, or not in float64.
-    """
+    """The device to compute on, which must have float64: the one that is named, or this process's GPU, or the CPU."""
     if name is None:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
@@ -3976,7 +3953,7 @@ def predict(
     notes = notes + what_can_be_supported(fitted.sizes, units, arguments.confidence, unit)
     alike: dict[tuple[Any, ...], list[Spectra]] = {}  # files with the same layers are judged together
     width = fitted.values.shape[-1]
-    judged: list[tuple[Estimate, Spectra, Spectra]] = []
+    judged: dict[str, tuple[Estimate, Spectra, Spectra]] = {}
     for path in paths:
         try:
             file = matched(file_spectra(path, base, max(LARGEST, width), settings["device"]), fitted)
@@ -3988,21 +3965,19 @@ def predict(
         known = fitted.of_voters(files[0].voters)
         known = replace(known, values=of_rank(known.values, files[0].values.shape[-1]))
         its = estimates(known, files, arguments.predictor, arguments.confidence, by_recipe)
-        judged += [(estimate, known, file) for estimate, file in zip(its, files, strict=True)]
-    order = {str(path): number for number, path in enumerate(paths)}
-    judged.sort(key=lambda one: order[one[0].file])
-    found = [estimate for estimate, _, _ in judged]
-    if arguments.plots and len(judged) > PICTURED:
-        notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
+        judged |= {file.names[0]: (estimate, known, file) for estimate, file in zip(its, files, strict=True)}
+    drawn = [judged[str(path)] for path in paths if str(path) in judged]
+    found = [estimate for estimate, _, _ in drawn]
+    if arguments.plots and len(drawn) > PICTURED:
+        notes.append(f"estimates.png shows the first {PICTURED} of {len(drawn)} files")
     lines = describe(fitted, settings, notes, f"predictor {arguments.predictor}")
     with said_at_the_end(lines + [line for one in found for line in estimate_lines(one, arguments.confidence)]):
         if arguments.output:
             write_estimates(arguments.output, found, refused)
             details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]
             write_report(arguments.output, settings, notes, {"estimates": details, "refused": refused})
-        if arguments.plots and judged:
-            drawn = judged[:PICTURED]
-            draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn)})
+        if arguments.plots and drawn:
+            draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, drawn[:PICTURED])})
     return not refused
 
 
