@@ -5,11 +5,13 @@
     python dsire.py --subset=low_32 --rank=32  # LoRA-WiSE, from the Hub
     python dsire.py --subset=low_32 --predict my_lora.safetensors
     python dsire.py --dataset=my_loras --predict folder/ user/name --output=out
+    python dsire.py --dataset=my_checkpoints --base=base.safetensors --predict full.safetensors
 
 The script reads from top to bottom as the paper does: a LoRA layer and its
 spectra, the voters and the vote, a regression beyond the paper, the protocol,
 how sure an estimate is, everything compared. Then the weights: the names of
-LoRA matrices, parquet, LoRA files, where they come from, the cache of spectra.
+LoRA matrices, parquet, LoRA files, other fine-tunes, where they come from, the
+cache of spectra.
 Last: the report, pictures, the command line.
 """
 
@@ -588,8 +590,9 @@ class LogRidge:
 
         With the hat matrix H (fitted values H y) and a unit f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f
         when f is left out. A fit isn't changed by models that lie on it: so with f left out, new models are answered as
-        if y_f had been what is said of f. The scale of the features, the penalty and the deviation are those of all
-        training models, whatever is left out: that all are exchangeable holds up to these few numbers.
+        if y_f had been what is said of f. The scale of the features, the penalty, the deviation and, for recipes,
+        the places in `local_kernels` are those of all models, whatever is left out: but for these, models that are left
+        out are like new ones.
 
         Args:
             units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
@@ -649,8 +652,8 @@ def local_kernels(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[T
 
     A recipe moves all norms, so that one line through several recipes fits none. Models weigh the less for each other
     the farther they are apart in four numbers: their `mean_log_norms`, and the first two principal components of the
-    features' means by recipe and size. The weight is a Gaussian of 7 standard deviations within a recipe and size, so
-    that neighbouring sizes and recipes still speak for each other.
+    features' means by recipe and size. The weight is 1 / (1 + (d / 8)²) for a distance d in standard deviations within
+    a recipe and size, so that neighbouring sizes and recipes speak for each other, and far ones still a little.
 
     Args:
         x: features of the training models, [models, features].
@@ -673,8 +676,8 @@ def local_kernels(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[T
 
     def kernel(features: Tensor, place: Tensor) -> Tensor:
         apart = place[:, None] - known
-        weights = (-torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart) / (2 * 7**2)).exp()
-        return (1 + features @ x.T / x.shape[1]) * weights
+        distance = torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart)
+        return (1 + features @ x.T / x.shape[1]) / (1 + distance / 8**2)
 
     among, cross = kernel(x, known), kernel(z, asked)
     of_model = among.mean(0)
@@ -697,10 +700,16 @@ def mean_log_norms(spectra: Spectra) -> Tensor:
 
 
 def spread_within(x: Tensor, groups: Tensor) -> Tensor:
-    """The covariance of columns [models, p] within groups 0, 1, ..., one for all groups: [p, p], never singular."""
+    """The covariance of columns [models, p] within groups 0, 1, ..., one for all groups: [p, p], never singular.
+
+    Where groups are as good as single models nothing is known of it. So as much as four models say is said beforehand:
+    the spread within groups is a fifth of that of all.
+    """
     members = torch.nn.functional.one_hot(groups).double()
     residuals = x - (members.T @ x / members.sum(0)[:, None].clamp_min(1))[groups]
-    covariance = residuals.T @ residuals / max(1, len(x) - len(groups.unique()))
+    of_all, degrees = x - x.mean(0), len(x) - len(groups.unique())
+    before = of_all.T @ of_all / max(1, len(x) - 1) / 5**2
+    covariance = (residuals.T @ residuals + 4 * before) / (degrees + 4)
     return covariance + (1e-6 * covariance.trace() + 1e-18) * torch.eye(x.shape[1], dtype=torch.float64)
 
 
@@ -967,8 +976,7 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
     """
     known, asked = log_norms(fitted), log_norms(new)
     groups = fitted.groups
-    kinds = [torch.tensor([voter.matrix == matrix for voter in fitted.voters]) for matrix in MATRICES]
-    kinds = [kind for kind in kinds if kind.any()]
+    kinds = [*fitted.kinds.values()]
     far = torch.zeros(len(known), 1 + len(kinds), dtype=torch.float64)
     compared = torch.zeros(len(known), dtype=torch.bool)
     turns = []
@@ -1028,22 +1036,20 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
 def what_is_beyond(fitted: Spectra, new: Spectra, factor: float) -> list[str]:
     """For each new model, in words, the kinds of matrix that are so many times beyond all labelled models', or ""."""
     known, asked = log_norms(fitted), log_norms(new)
-    kinds = [voter.matrix for voter in fitted.voters]
     beyond = (asked - known.amax(0)).clamp_min(0) + (asked - known.amin(0)).clamp_max(0)  # signed; 0 within the range
     said = []
     for its in beyond:
         parts = {}
-        for matrix in sorted(set(kinds), key=MATRICES.index):
-            rows = [row for row, kind in enumerate(kinds) if kind == matrix]
-            usual, most = float(its[rows].median()), rows[int(its[rows].abs().argmax())]
-            if abs(usual) > math.log(factor):  # in most layers
+        for matrix, voters in fitted.kinds.items():
+            layers = sorted(its[voters].tolist(), key=abs)
+            usual, most = layers[3 * len(layers) // 4], int((its.abs() * voters).argmax())
+            if abs(usual) > math.log(factor):  # in a quarter of the layers
                 parts[matrix] = f"{matrix} is {times(usual)}"
             elif abs(float(its[most])) > 3:
                 parts[matrix] = f"{matrix} of {shown(fitted.voters[most].layer)} is {times(float(its[most]))}"
+        alpha = [*parts] == ["BA"] and len(fitted.kinds) == len(MATRICES)
         text = "; ".join(f"{part} as any labelled model's" for part in parts.values())
-        said.append(
-            text + (", A and B are not: another alpha?" if [*parts] == ["BA"] and {*kinds} == {*MATRICES} else "")
-        )
+        said.append(text + (", A and B are not: another alpha?" if alpha else ""))
     return said
 
 
@@ -1107,10 +1113,8 @@ def estimates(
             first.append(f"not comparable with the labelled models{how}: {REASONS}")
             first.extend(filter(None, [beyond[row]]))
         elif compared < FEWEST_COMPARED:
-            said.append(
-                f"{compared} labelled models that can be left out are too few to tell whether the file is comparable "
-                f"({FEWEST_COMPARED} are needed): only what is {FAR_BEYOND} times beyond all of them is noticed"
-            )
+            models = counted(compared, "labelled model")
+            said.append(f"whether it is comparable can't be told by {models}: label {FEWEST_COMPARED} or more")
         if one.confidence_set and not one.holds(one.estimate):
             said.append("the set does not hold the estimate: trust the set")
         if one.stated_size and one.stated_size != one.estimate:
@@ -1213,15 +1217,16 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
     kept, known, first = set(common), set(file.voters), list(file.first)
     voters = [voter for voter in fitted.voters if voter.layer in kept and voter in known]
     if not voters:
+        base = "" if "BA" in file.kinds else "; for the change of its weights, give the model it began as with --base"
+        here, there = " ".join(file.kinds), " ".join(fitted.kinds)
         raise DsireError(
-            f"{file.names[0]} ({file.method}) has no matrix in common with the labelled models ({fitted.method}): for "
-            "the change of its weights, give the model it was fine-tuned from with --base"
+            f"{file.names[0]} is a {file.method} with {here}, each labelled model a {fitted.method} with {there}{base}"
         )
     rank = fitted.values.shape[-1]
-    if file.method != fitted.method:
+    if file.method not in fitted.method.split(" or "):
         rank = min(rank, file.values.shape[-1])
         methods = f"it is a {file.method}, and each labelled model a {fitted.method}"
-        first.append(f"another method: {methods}; compared by {matrices_of(voters)} alone")
+        first.append(f"another method: {methods}; compared by {matrices_of(voters)}")
     if 2 * len(common) < len(fitted.shapes):
         shared = f"{len(common)} of the {len(fitted.shapes)} fitted layers"
         first.append(f"only {shared} are in the file with the same shape")
@@ -1506,7 +1511,7 @@ def layer_name(path: str) -> str:
     'down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0'
     """
     network, path = in_network(path)
-    name = path.replace(".processor.", ".").replace(".", "_")
+    name = path.replace(".processor.", ".").replace(".", "_").removeprefix("text_model_")  # CLIP has it or not
     name += "_0" if name.endswith("_to_out") else ""  # old attention processors leave the 0 out
     if xlabs := re.fullmatch(r"(double_blocks_\d+)_(qkv|proj)([12])", name):  # of the image's stream and the text's
         name = f"{xlabs[1]}_{'img' if xlabs[3] == '1' else 'txt'}_attn_{xlabs[2]}"
@@ -1761,7 +1766,9 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
     order = voters_of({layer: [*pair, *["BA"] * ("magnitude" not in pair)] for layer, pair in layers.items()})
     values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
     shapes = {layer: shape for layer, (_, shape) in spectra.items()}
-    return Spectra(values, sizes, names, order, shapes, notes, recipes, method=methods_of(layers))
+    return Spectra(
+        values, sizes, names, order, shapes, notes, recipes, method=methods_of(map(method_of, layers.values()))
+    )
 
 
 def pair_spectra(
@@ -1819,8 +1826,9 @@ def voters_of(layers: Mapping[str, Iterable[str]]) -> list[Voter]:
     return sorted(voters, key=lambda voter: voter.matrix == "BA")
 
 
-def methods_of(layers: Keys) -> str:
-    return " and ".join(sorted({method_of(pair) for pair in layers.values()}))
+def methods_of(layers: Iterable[str]) -> str:
+    """What a model with layers of these methods is."""
+    return " and ".join(sorted(set(layers)))
 
 
 def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
@@ -2217,6 +2225,7 @@ class Layer(NamedTuple):
     shape: list[int]
     spectra: dict[str, Tensor]
     facts: Mapping[str, float]
+    method: str = ""  # with what else makes spectra unlike: LoHa's rank, the type that a full model is stored in
     init: str = ""  # how A and B began, if BA is not the change of the weights then
 
 
@@ -2245,7 +2254,8 @@ class Base:
     def identity(self) -> str:
         """What changes with the files, for the keys of the cache."""
         facts = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        return hashlib.sha256(json.dumps(facts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+        text = json.dumps([facts, sorted(self.layers)])
+        return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def open_base(item: str | None, cache: Path) -> Base | None:
@@ -2253,12 +2263,15 @@ def open_base(item: str | None, cache: Path) -> Base | None:
     if item is None:
         return None
     place = located(item, cache)
-    found = visible_files(place, SAFE_ENDINGS) or visible_files(place, PICKLE_ENDINGS) if place.is_dir() else [place]
-    files = sorted({part for file in found for part in parts_of(file)})
+    files = [place]
+    if place.is_dir():
+        pickles = [file for file in visible_files(place, PICKLE_ENDINGS) if not TRAINERS.match(file.name)]
+        files = visible_files(place, SAFE_ENDINGS) or pickles
+    files = sorted({part for file in files for part in parts_of(file)})
     layers: dict[str, tuple[Weights, str]] = {}
     for file in files:
         weights = open_weights(file)
-        network = f"{file.parent.name}." if place.is_dir() and file.parent != place else ""  # unet/, text_encoder/
+        network = network_of(file) if file.parent != place and place.is_dir() else ""
         its = {layer: (weights, key) for layer, key in weight_matrices(weights.keys, file.name, network).items()}
         if twice := layers.keys() & its.keys():
             raise DsireError(f"--base={item} holds layer {shown(min(twice))} in two files: name one of them")
@@ -2268,18 +2281,27 @@ def open_base(item: str | None, cache: Path) -> Base | None:
     return Base(files, layers)
 
 
-def model_layers(keys: list[str], file: str, base: Base | None) -> tuple[Keys, list[str], list[str]]:
+def network_of(path: Path) -> str:
+    """What diffusers' folders, such as text_encoder/, say of the keys of a file in them: "text_encoder.", or ""."""
+    network = f"{path.parent.name}."
+    return network if in_network(f"{network}x") != ("", f"{network}x") else ""
+
+
+def model_layers(keys: list[str], path: Path, base: Base | None) -> tuple[Keys, list[str], list[str]]:
     """`lora_layers`; or, given a base, layer -> {"weight": key} of a full model; NoLora if it is neither."""
     try:
-        return lora_layers(keys, file, strays=True)
-    except NoLora:
-        full = weight_matrices(keys, file)
-        if base is None or not full:
+        return lora_layers(keys, path.name, strays=True)
+    except DsireError as error:
+        if base is None:
             raise
-        if not full.keys() & base.layers.keys():
+        for network in (network_of(path), ""):
+            full = weight_matrices(keys, path.name, network)
+            if full.keys() & base.layers.keys():
+                return {layer: {"weight": key} for layer, key in full.items()}, [], []
+        if isinstance(error, NoLora) and full:
             here, there = three_of(full), three_of(base.layers)
-            raise NoLora(f"{file} has no layer in common with the base: {here} here, {there} there") from None
-        return {layer: {"weight": key} for layer, key in full.items()}, [], []
+            raise NoLora(f"{path.name} has no layer in common with the base: {here} here, {there} there") from None
+        raise
 
 
 def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, device: str) -> Layer:
@@ -2297,29 +2319,31 @@ def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, d
     if new.shape != old.shape:
         return Layer([], {}, {"other shape": 1})
     change = new - old
-    last_digit = max(torch.finfo(stored.dtype).eps, torch.finfo(old_type).eps) * new.abs()
+    coarse = max(stored.dtype, old_type, key=lambda dtype: torch.finfo(dtype).eps)
+    last_digit = torch.finfo(coarse).eps * new.abs()
     norm, rounding = (float(torch.linalg.vector_norm(its)) for its in (change, change[change.abs() <= last_digit]))
-    facts = {"unchanged": norm == 0, "change": norm**2, "rounding": rounding**2}
+    facts = {"unchanged": torch.equal(new.to(coarse), old.to(coarse)), "change": norm**2, "rounding": rounding**2}
     facts["foreign"] = norm > FOREIGN * float(torch.linalg.vector_norm(old))
     del new, old, last_digit  # a model's largest matrices take hundreds of megabytes each
     try:
         spectrum = matrix_spectrum(change.to(device), count).cpu()
     except torch.cuda.OutOfMemoryError:
         spectrum = matrix_spectrum(change, count)
-    return Layer([*change.shape], {"BA": spectrum}, facts)
+    return Layer([*change.shape], {"BA": spectrum}, facts, f"full fine-tune in {str(coarse).removeprefix('torch.')}")
 
 
-def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's change of the weights, m (W₀ + s B A) / |W₀ + s B A| - W₀ (Liu et al. 2024): [out, in].
+def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor, by_input: bool) -> Tensor:
+    """DoRA's change of the weights, m (W₀ + s B A) / |W₀ + s B A| - W₀ (Liu et al. 2024): [out, in k k].
 
     Args:
-        old: W₀, flattened to [out, in].
-        magnitude: m, a number for each row, or, where its shape is [1, in], for each column.
+        old: W₀, [out, in k k].
+        magnitude: m, a number for each output, or for each input.
     """
     merged = old + scale * b @ a
-    of_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and magnitude.numel() == old.shape[1]
-    m = magnitude.reshape(1, -1) if of_columns else magnitude.reshape(-1, 1).expand(len(old), 1)
-    change: Tensor = merged * (m / torch.linalg.vector_norm(merged, dim=0 if of_columns else 1, keepdim=True)) - old
+    grouped = merged.reshape(len(old), len(magnitude) if by_input else 1, -1)
+    m = magnitude.reshape((1, -1, 1) if by_input else (len(old), 1, 1))
+    norms = torch.linalg.vector_norm(grouped, dim=(0, 2) if by_input else 2, keepdim=True)
+    change: Tensor = (grouped * (m / norms)).reshape(old.shape) - old
     return change
 
 
@@ -2371,25 +2395,25 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
             if "magnitude" in pair:
                 raise DsireError(f"{file}: {keys} are a {method} with DoRA's magnitudes{MERGE_IT}")
             parts = {part: weights.matrix(key) for part, key in pair.items() if part != "alpha"}
-            ranks = {len(matrix) for part, matrix in parts.items() if part.endswith("_b")}
-            scale = scale_of(weights, pair, max(ranks, default=None))
+            rank = max((len(matrix) for part, matrix in parts.items() if part.endswith("_b")), default=None)
+            scale = scale_of(weights, pair, rank)
             shape, unscaled = (loha_change if method == "LoHa" else lokr_change)(parts, count)
+            method += f" of rank {rank}" if rank else ""
         if method != "DoRA":
             spectra["BA"] = unscaled * abs(scale)
         elif base and layer in base.layers:
-            change = dora_change(b, a, scale, base.weights(layer)[0], weights.matrix(pair["magnitude"], 1))
+            magnitude, old = weights.matrix(pair["magnitude"], 1), base.weights(layer)[0]
+            old = old.mT if settings.get("fan_in_fan_out") else old  # GPT-2's layers
+            by_input = "dora_scale" in pair["magnitude"] and len(magnitude) == 1 < magnitude.numel()  # of LyCORIS
+            change = dora_change(b, a, scale, old, magnitude.flatten(), by_input)
             spectra["BA"] = matrix_spectrum(change, count)
-        if not all(spectrum.isfinite().all() for spectrum in spectra.values()):
-            raise FloatingPointError
-    except FloatingPointError:
-        raise DsireError(f"{file}: one of {keys} is NaN, infinite or too large") from None
     except RuntimeError as error:
         raise DsireError(f"{file}: {keys} do not fit each other ({shown(error)})") from error
     unstated = "alpha" not in pair and "lora_alpha" not in settings
     facts = {"unscaled": unstated, "zero": scale == 0, "unchanged": not unscaled.any()}
     init = settings.get("init_lora_weights")
     uncommon = "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
-    return Layer(shape, spectra, facts, uncommon)
+    return Layer(shape, spectra, facts, method, uncommon)
 
 
 def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
@@ -2406,13 +2430,21 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         DsireError: the file can't be read, is no fine-tune of the base, or holds weights that are not finite.
     """
     weights = open_model(path)
-    pairs, others, lone = model_layers(weights.keys, path.name, base)
+    pairs, others, lone = model_layers(weights.keys, path, base)
 
     def layer_of(layer: str) -> Layer:
         pair = pairs[layer]
-        if "weight" in pair and base:
-            return full_layer(weights, layer, pair["weight"], base, count, device)
-        return adapter_layer(weights, layer, pair, base, count)
+        try:
+            if "weight" in pair and base:
+                found = full_layer(weights, layer, pair["weight"], base, count, device)
+            else:
+                found = adapter_layer(weights, layer, pair, base, count)
+            if not all(spectrum.isfinite().all() for spectrum in found.spectra.values()):
+                raise FloatingPointError
+            return found
+        except FloatingPointError:
+            keys = ", ".join(map(shown, pair.values()))
+            raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
 
     at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
     layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
@@ -2439,7 +2471,7 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         shapes={layer: its.shape for layer, its in named.items()},
         notes=notes,
         recipes=stated_recipe(weights.header),
-        method=methods_of(pairs),
+        method=methods_of(its.method for its in named.values()),
         first=[UNTRAINED] if untrained else [],
     )
 
@@ -2586,7 +2618,7 @@ def holds_no_lora(path: Path, base: Base | None = None) -> bool:
                 lora_layers(pq.read_schema(path).names, path.name)
             return False
         weights = open_model(path)
-        layers = model_layers(weights.keys, path.name, base)[0]
+        layers = model_layers(weights.keys, path, base)[0]
         # an adapter saved under ZeRO-3 has all its names, and tensors of no numbers
         return not any(weights.tensor(next(iter(pair.values()))).numel() for pair in layers.values())
     except NoLora:
@@ -2613,6 +2645,10 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
     if others:
         hold = f"{counted(len(others), 'file')} {'hold' if len(others) > 1 else 'holds'}"
         notes.append(f"{hold} no LoRA, such as {shown(others[0])}")
+        if not loras and base is None:
+            notes.append("full models are judged with --base")
+    if of_base & {os.path.realpath(path) for path in visible_files(folder, WEIGHT_ENDINGS)}:
+        notes.append(f"the base itself, in {folder}, is left out")
     return sorted(loras), notes
 
 
@@ -3217,7 +3253,8 @@ def folder_spectra(source: Source, count: int, cache: Path, device: str = "cpu",
         files = f"{len(trainings)} files of {len(set(trainings))} trainings have no name in metadata.csv"
         said.append(f"{files}: each training is a micro-dataset of its own, and nothing says which share images")
     models = join_files(known, folder)
-    return replace(models, notes=said + models.notes, recipes_stated=labels is None)
+    one_method = " or " not in models.method
+    return replace(models, notes=said + models.notes, recipes_stated=labels is None and one_method)
 
 
 def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
@@ -3234,18 +3271,18 @@ def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
     if not voters:
         raise DsireError(f"{folder}: no layer is in all {len(known)} files with the same shape")
     notes: list[str] = []
-    methods: dict[str, str] = {}  # each with the first file that is of it
-    for file in known:
-        methods.setdefault(file.method, shown(file.names[0]))
+    methods = {file.method: shown(name) for name, file in reversed(files.items())}  # each with its first file
     if dropped := {layer for its in shapes for layer in its} - common.keys():
         notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
     if len(methods) > 1:
         some = ", ".join(f"{method} ({name})" for method, name in methods.items())
-        notes.append(f"several methods, compared by {matrices_of(voters)} alone: {some}")
+        notes.append(f"several methods, each a recipe of its own, compared by {matrices_of(voters)}: {some}")
+        known = [replace(file, recipes=[f"{file.recipes[0]} {file.method}".strip()]) for file in known]
     spectra = [file.of_voters(voters).values for file in known]
-    width = (max if len(methods) == 1 else min)(its[..., its.any(1).any(0)].shape[-1] for its in spectra)
+    widths = [int(its.any(1).any(0).sum()) for its in spectra]
+    width = (max if len(methods) == 1 else min)(filter(None, widths), default=1)  # an untrained one's is 0
     models = [
-        replace(file, values=of_rank(its, max(1, width)), voters=voters, shapes=common, notes=notes, first=[])
+        replace(file, values=of_rank(its, width), voters=voters, shapes=common, notes=notes, first=[])
         for file, its in zip(known, spectra, strict=True)
     ]
     return replace(join_shards(models, [*files]), method=" or ".join(sorted(methods)))

@@ -72,6 +72,7 @@ PILOT_MICRO_DATASETS = {
     "full": range(100, 108),
     "loha": range(100, 104),
 }
+SECOND_PILOT = (range(108, 118), 2)  # of recipes_4: micro-datasets, and the seed of fine-tunes
 BASE_IMAGES, FINE_TUNE_IMAGES = 74, 100  # of each digit, for the base model and then for fine-tunes
 BASE_STEPS, BASE_BATCH, BASE_LEARNING_RATE = 4000, 64, 1e-3
 TOKENS, WIDTH = 4, 32  # the condition of a digit: learned tokens (from one alone, attn2's to_q and to_k learn nothing)
@@ -109,13 +110,13 @@ def images_of_each_digit() -> list[torch.Tensor]:
     return [images[digits.target == digit] for digit in range(10)]
 
 
-def micro_datasets(subset: str, pilot: bool) -> dict[str | int, tuple[torch.Tensor, torch.Tensor]]:
+def micro_datasets(subset: str, pilot: int) -> dict[str | int, tuple[torch.Tensor, torch.Tensor]]:
     """Name -> images [largest size, 1, 8, 8] and the digit that each shows; a smaller size takes the first of them.
 
     Images are dealt, none twice, the ten digits in a new random order for every micro-dataset: the images of a small
     one show different digits, those of a large one show all of them equally often.
     """
-    numbers = (PILOT_MICRO_DATASETS if pilot else MICRO_DATASETS)[subset]
+    numbers = SECOND_PILOT[0] if pilot == 2 else (PILOT_MICRO_DATASETS if pilot else MICRO_DATASETS)[subset]
     pool = [images[BASE_IMAGES : BASE_IMAGES + FINE_TUNE_IMAGES] for images in images_of_each_digit()]
     if pilot and subset == "medium_4":  # shipped models take every image of the pool, which leaves the base model's
         pool = [images[:BASE_IMAGES] for images in images_of_each_digit()]
@@ -331,12 +332,12 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method
         save_whole(weights, model.path)
 
 
-def fine_tune_all(subset: str, work: Path, pilot: bool, processes: int) -> list[Model]:
+def fine_tune_all(subset: str, work: Path, pilot: int, processes: int) -> list[Model]:
     """Every (micro-dataset, size, recipe), some at a time, one process a core: the models in a shuffled order."""
     base = work / "base.safetensors"
     train_base(base)
     folder = work / f"{subset}{'_pilot' * pilot}"
-    seed = PILOT_SEED[subset] if pilot else SEED
+    seed = SECOND_PILOT[1] if pilot == 2 else PILOT_SEED[subset] if pilot else SEED
     models, runs = [], []
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for recipe, how in RECIPES[subset].items():
@@ -463,8 +464,9 @@ column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out,
   {len(PILOT_MICRO_DATASETS["low_4"])} more hands for `low_4`; and, since `medium_4` uses up the images for fine-tunes,
   {len(PILOT_MICRO_DATASETS["medium_4"])} hands of the base model's images for that. Micro-datasets of a single digit
   were tried first, but at 8 x 8 such images are too much alike for their number to show as it does in the paper.
-  `recipes_4` has a pilot too, on which checks of recipes are set: {len(PILOT_MICRO_DATASETS["recipes_4"])} more hands,
-  and seed {PILOT_SEED["recipes_4"]} for every model.
+  `recipes_4` has two pilots, on which checks of recipes and the regression of several are set (`--pilot`, and `--pilot
+  --pilot`): {len(PILOT_MICRO_DATASETS["recipes_4"])} and {len(SECOND_PILOT[0])} more hands, and seeds
+  {PILOT_SEED["recipes_4"]} and {SECOND_PILOT[1]} for every model.
 - Beside this folder are two of files; their models were fine-tuned in other ways, on sizes {FEW[0]} to {FEW[-1]} and in
   half precision. `tiny_full`: the projections themselves, for {len(MICRO_DATASETS["full"])} more hands (learning rate
   {RECIPES["full"][""].learning_rate:g}), with the base model (`base.safetensors`).
@@ -489,7 +491,7 @@ def write_examples(work: Path, output: Path) -> None:
     """LoRA files that an estimate from `low_4` has something to say of; their images are a pilot's."""
     base = work / "base.safetensors"
     train_base(base)
-    images, digits = micro_datasets("recipes_4", pilot=True)["hand_72"]
+    images, digits = micro_datasets("recipes_4", pilot=1)["hand_72"]
     many = torch.cat([of_digit[BASE_IMAGES + 90 : BASE_IMAGES + 92] for of_digit in images_of_each_digit()])
     which = torch.arange(10).repeat_interleave(2)
     for name, its_images, its_digits, recipe in (
@@ -506,14 +508,16 @@ def main() -> None:
     parser.add_argument("--subset", choices=sorted(SIZES), default="low_4")
     parser.add_argument("--work", type=Path, default=Path(".cache/make_tiny_wise"), help="where fine-tunes are kept")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny_wise")
-    parser.add_argument("--pilot", action="store_true", help="make the pilot's subset, in the work folder")
+    parser.add_argument("--pilot", action="count", default=0, help="make the pilot's subset, in the work folder")
     parser.add_argument("--examples", action="store_true", help="make the LoRA files of tests/examples")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     if arguments.examples:
         write_examples(arguments.work, Path(__file__).parent / "examples")
         return
-    output = arguments.work / "pilot" if arguments.pilot else arguments.output
+    if arguments.pilot > (2 if arguments.subset == "recipes_4" else 1):
+        parser.error("only recipes_4 has a second pilot (--pilot --pilot), and none has a third")
+    output = arguments.work / ("pilot" * arguments.pilot) if arguments.pilot else arguments.output
     models = fine_tune_all(arguments.subset, arguments.work, arguments.pilot, arguments.processes)
     if arguments.subset in FILES:
         base = arguments.work / "base.safetensors" if arguments.subset == "full" else None

@@ -99,3 +99,14 @@ def test_the_command(run: Run, predictor: str) -> None:
         here = run(f"--predictor={predictor}", *arguments)
         there = run(f"--predictor={predictor}", "--device=cuda", "--cache_dir=another", *arguments)
         assert (there.code, there.out) == (0, here.out)
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [(64, 32), (40, 300)])
+def test_the_spectrum_of_a_matrix(shape: tuple[int, int]) -> None:
+    """Of a change of the weights, also one of low rank, which takes another way."""
+    draw = torch.Generator().manual_seed(0)
+    full = torch.randn(*shape, generator=draw, dtype=torch.float64)
+    for matrix in (full, full[:, :3] @ full[:3]):
+        here, there = dsire.matrix_spectrum(matrix, 16), dsire.matrix_spectrum(matrix.to("cuda"), 16).cpu()
+        torch.testing.assert_close(there, here, rtol=0, atol=1e-9 * float(here[0]))

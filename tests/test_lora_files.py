@@ -139,6 +139,7 @@ def test_text_encoders_have_one_name_and_are_not_the_network(kohya: str, diffuse
     flat, dotted = "text_model_encoder_layers_0_self_attn_q_proj", "text_model.encoder.layers.0.self_attn.q_proj"
     name = dsire.layer_name(f"{diffusers}.{dotted}")
     assert dsire.layer_name(f"{kohya}_{flat}") == name
+    assert dsire.layer_name(f"{diffusers}.{dotted.removeprefix('text_model.')}") == name  # as transformers 5 saves it
     assert name not in {dsire.layer_name(dotted), dsire.layer_name(f"lora_unet_{flat}")}
 
 

@@ -396,7 +396,7 @@ def test_copies_among_the_labelled_models(tmp_path: Path, run: Run) -> None:
     new, copy = estimates_in(outcome)
     assert not any("among the labelled" in warning for warning in new["warnings"])
     assert any("among the labelled" in warning for warning in copy["warnings"])
-    few = f"{2 * len(SIZES)} labelled models that can be left out are too few"
+    few = f"can't be told by {2 * len(SIZES)} labelled models: label 19 or more"
     assert new["first"] or any(few in warning for warning in new["warnings"])
 
 
@@ -411,9 +411,12 @@ def test_what_is_far_beyond_a_few_labelled_models_is_said_first(tmp_path: Path, 
         scaled = {key: tensor if key.endswith("alpha") else factor * tensor for key, tensor in weights.items()}
         save_file(scaled, tmp_path / f"{name}.safetensors")
         files.append(tmp_path / f"{name}.safetensors")
-    outcome = run("--dataset", folder, "--predict", *files)
+    layers = sorted({key.split(".lora")[0] for key in weights})
+    scaled = {key: (10 if key.split(".lora")[0] in layers[::2] else 1) * its for key, its in weights.items()}
+    save_file(scaled, tmp_path / "half of the layers.safetensors")
+    outcome = run("--dataset", folder, "--predict", *files, tmp_path / "half of the layers.safetensors")
     assert outcome.code == 0
-    for one, word in zip(estimates_in(outcome), ("large", "small"), strict=True):
+    for one, word in zip(estimates_in(outcome), ("large", "small", "large"), strict=True):
         assert one["first"][0].startswith("not comparable with the labelled models: ")
         assert f"times as {word}" in one["first"][1]
 

@@ -206,3 +206,13 @@ def test_recipes_of_different_micro_datasets_are_compared() -> None:
     comparison = dsire.compare(together(one, other), dsire.Protocol(2, 4, 0))
     assert comparison.recipes["pairs"].shape == (2, 2, 4)
     assert dsire.recipe_lines(together(one, other), comparison.recipes)
+
+
+def test_recipes_and_sizes_of_one_model_each_do_not_make_all_answers_the_same() -> None:
+    """Nothing is known of the spread within them: what is far is then judged by the spread of all."""
+    parts = [made_up(1, seed=number, factor=1.1**number, recipe=f"recipe {number}") for number in range(8)]
+    parts = [dsire.replace(part, names=[number] * len(SIZES)) for number, part in enumerate(parts)]
+    new = made_up(4, seed=99, factor=1.1**3)
+    fit = dsire.LogRidge.fit(together(*parts), new)
+    of_size = [float(fit.answers[new.sizes == size].mean()) for size in SIZES]
+    assert of_size[0] + 0.5 < of_size[1] < of_size[2] - 0.5
