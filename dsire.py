@@ -5,14 +5,13 @@
     python dsire.py --subset=low_32 --rank=32  # LoRA-WiSE, from the Hub
     python dsire.py --subset=low_32 --predict my_lora.safetensors
     python dsire.py --dataset=my_loras --predict folder/ user/name --output=out
-    python dsire.py --dataset=my_checkpoints --base=base.safetensors --predict full.safetensors
+    python dsire.py --dataset=tuned --base=sd15.safetensors --predict full.ckpt
 
 The script reads from top to bottom as the paper does: a LoRA layer and its
 spectra, the voters and the vote, a regression beyond the paper, the protocol,
 how sure an estimate is, everything compared. Then the weights: the names of
-LoRA matrices, parquet, LoRA files, other fine-tunes, where they come from, the
-cache of spectra.
-Last: the report, pictures, the command line.
+LoRA matrices, parquet, LoRA files, other fine-tunes, one file, where they come
+from, the cache of spectra. Last: the report, pictures, the command line.
 """
 
 from __future__ import annotations
@@ -411,6 +410,7 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
     test = [torch.searchsorted(asked, split.test).numpy() for split in splits]
     found = [np.empty((len(values), len(split.test)), dtype=np.int64) for split in splits]
     block = max(1, DISTANCES_AT_ONCE // len(trained))
+    among_all = torch.equal(trained, asked) and len(asked) <= block
 
     def search(voter: int) -> None:
         # squares of very large or small spectra are out of range; a power of two changes no digit of the others
@@ -418,7 +418,8 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
         factor = 2.0 ** min(1000, max(-1000, -math.frexp(middle)[1]))
         known = values[voter, trained] * factor
         for start in range(0, len(asked), block):
-            squares = squared_distances(values[voter, asked[start : start + block]] * factor, known)
+            these = known if among_all else values[voter, asked[start : start + block]] * factor
+            squares = squared_distances(these, known)
             for nearest_ones, columns, rows in zip(found, train, test, strict=True):
                 first, last = np.searchsorted(rows, (start, start + block))
                 here = squares.take(rows[first:last] - start, axis=0).take(columns, axis=1)
@@ -430,9 +431,11 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
 
 def squared_distances(x: Tensor, y: Tensor) -> Any:
     """|x_i - y_j|² of rows x [n, r] and y [m, r]: a NumPy array [n, m]."""
-    from scipy.spatial.distance import cdist  # comes with scikit-learn
+    from scipy.spatial.distance import cdist, pdist, squareform  # comes with scikit-learn
 
     if x.device.type == "cpu":
+        if x is y:  # each pair once
+            return squareform(pdist(x.numpy(), "sqeuclidean"))
         return cdist(x.numpy(), y.numpy(), "sqeuclidean")
     return (x[:, None] - y).square().sum(-1).cpu().numpy()  # not `torch.cdist`: its roots make near ones equal
 
@@ -1222,28 +1225,21 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
         raise DsireError(
             f"{file.names[0]} is a {file.method} with {here}, each labelled model a {fitted.method} with {there}{base}"
         )
-    rank = fitted.values.shape[-1]
+    shared, rank = file.of_voters(voters), fitted.values.shape[-1]
     if file.method not in fitted.method.split(" or "):
         rank = min(rank, file.values.shape[-1])
         methods = f"it is a {file.method}, and each labelled model a {fitted.method}"
-        first.append(f"another method: {methods}; compared by {matrices_of(voters)}")
+        first.append(f"another method: {methods}; compared by {' '.join(shared.kinds)}")
     if 2 * len(common) < len(fitted.shapes):
-        shared = f"{len(common)} of the {len(fitted.shapes)} fitted layers"
-        first.append(f"only {shared} are in the file with the same shape")
-    values = of_rank(file.of_voters(voters).values, rank)
-    return replace(file, values=values, voters=voters, notes=notes, first=first)
+        layers = f"{len(common)} of the {len(fitted.shapes)} fitted layers"
+        first.append(f"only {layers} are in the file with the same shape")
+    return replace(shared, values=of_rank(shared.values, rank), notes=notes, first=first)
 
 
 def same_shape(one: list[int], other: list[int]) -> bool:
     """Whether two layers are alike, [out, in, rank], or [out, in] where one of them has no A and B."""
     both = min(len(one), len(other))
     return both >= 2 and one[:both] == other[:both]
-
-
-def matrices_of(voters: Iterable[Voter]) -> str:
-    """The kinds of matrix that vote, for a message."""
-    kinds = {voter.matrix for voter in voters}
-    return " ".join(matrix for matrix in MATRICES if matrix in kinds)
 
 
 def three_of(layers: Iterable[str]) -> str:
@@ -2416,6 +2412,10 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
     return Layer(shape, spectra, facts, method, uncommon)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One file: its spectra, what it says of itself, and which files of a folder are models
+
+
 def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
     """The spectra of one file: a single model, whose size is what the file itself states (0 if it doesn't).
 
@@ -3276,15 +3276,13 @@ def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
         notes.append(f"{len(dropped)} layers that are not the same in all files are left out, such as {min(dropped)}")
     if len(methods) > 1:
         some = ", ".join(f"{method} ({name})" for method, name in methods.items())
-        notes.append(f"several methods, each a recipe of its own, compared by {matrices_of(voters)}: {some}")
+        kinds = " ".join(known[0].of_voters(voters).kinds)
+        notes.append(f"several methods, each a recipe of its own, compared by {kinds}: {some}")
         known = [replace(file, recipes=[f"{file.recipes[0]} {file.method}".strip()]) for file in known]
-    spectra = [file.of_voters(voters).values for file in known]
-    widths = [int(its.any(1).any(0).sum()) for its in spectra]
+    known = [file.of_voters(voters) for file in known]
+    widths = [int(file.values.any(1).any(0).sum()) for file in known]
     width = (max if len(methods) == 1 else min)(filter(None, widths), default=1)  # an untrained one's is 0
-    models = [
-        replace(file, values=of_rank(its, width), voters=voters, shapes=common, notes=notes, first=[])
-        for file, its in zip(known, spectra, strict=True)
-    ]
+    models = [replace(file, values=of_rank(file.values, width), shapes=common, notes=notes, first=[]) for file in known]
     return replace(join_shards(models, [*files]), method=" or ".join(sorted(methods)))
 
 
@@ -3420,7 +3418,7 @@ def describe(spectra: Spectra, settings: dict[str, Any], notes: list[str], *more
     of_method = "matrices " if spectra.method == "LoRA" else f"{spectra.method}, matrices "
     return [
         f"{settings['subset']}: {len(spectra.names)} models, {spectra.count} micro-datasets, sizes {sizes}",
-        f"{kind}; {of_method}{matrices_of(spectra.voters)}, so {len(spectra.voters)} voters",
+        f"{kind}; {of_method}{' '.join(spectra.kinds)}, so {len(spectra.voters)} voters",
         *more,
         *(f"note: {note}" for note in notes),
     ]
@@ -3803,8 +3801,8 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Do what the arguments say; returns the exit code, 2 if some of what was asked could not be had."""
+def settle(arguments: argparse.Namespace) -> list[str]:
+    """Fill in what the arguments leave open, and refuse what doesn't go together; notes of what is to be said."""
     notes: list[str] = []
     if arguments.predict and arguments.compare:
         raise DsireError("--compare is about the labelled models: leave it out with --predict")
@@ -3822,12 +3820,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dataset is None:
         ships = os.path.isdir(SHIPPED / arguments.subset.replace("_", "/"))
         arguments.dataset = str(SHIPPED) if ships else LORA_WISE
-    return run_on(arguments, open_base(arguments.base, arguments.cache_dir), notes)
+    return notes
 
 
-def run_on(arguments: argparse.Namespace, base: Base | None, notes: list[str]) -> int:
-    """`run`, given the base model; `notes` are to be said in the report."""
-    process, cache = Process.join(), arguments.cache_dir
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the arguments say; returns the exit code, 2 if some of what was asked could not be had."""
+    notes, cache = settle(arguments), arguments.cache_dir
+    base, process = open_base(arguments.base, cache), Process.join()
     asked: list[Path] = []
     refused: dict[str, str] = {}
     for item in arguments.predict or [] if process.rank == 0 else []:  # before a subset is fetched for nothing
@@ -3854,10 +3853,10 @@ def run_on(arguments: argparse.Namespace, base: Base | None, notes: list[str]) -
     spectra = subset_spectra(source, rank, cache, device, arguments.keep_shards, process, base)
     if process.rank:
         return 0  # the first process evaluates
-    if arguments.rank and arguments.rank != spectra.values.shape[-1] and "A" in matrices_of(spectra.voters):
+    if arguments.rank and arguments.rank != spectra.values.shape[-1] and "A" in spectra.kinds:
         raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {spectra.values.shape[-1]}")
     notes += about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
-    there, spectra = matrices_of(spectra.voters), spectra.of_matrices(arguments.matrices)
+    there, spectra = " ".join(spectra.kinds), spectra.of_matrices(arguments.matrices)
     if not spectra.voters:
         raise DsireError(f"--matrices {' '.join(arguments.matrices)}: of a {spectra.method} there is only {there}")
     spectra = replace(spectra, values=spectra.values.to(device))
