@@ -63,14 +63,14 @@ MICRO_DATASETS = {  # of numbered hands
     "medium_4": range(20),
     "recipes_4": range(60, 70),
     "full": range(80, 100),
-    "loha": range(80, 86),
+    "loha": range(80, 88),
 }
 PILOT_MICRO_DATASETS = {
     "low_4": range(40, 60),
     "medium_4": range(10),
     "recipes_4": range(72, 80),
     "full": range(100, 108),
-    "loha": range(100, 104),
+    "loha": range(100, 108),
 }
 SECOND_PILOT = (range(108, 118), 2)  # of recipes_4: micro-datasets, and the seed of fine-tunes
 BASE_IMAGES, FINE_TUNE_IMAGES = 74, 100  # of each digit, for the base model and then for fine-tunes
@@ -90,7 +90,7 @@ RECIPES = {
         "decay": Recipe(decay=True),
     },
     "full": {"": Recipe(learning_rate=1e-4)},
-    "loha": {"": Recipe(learning_rate=5e-3)},
+    "loha": {"": Recipe(learning_rate=1e-3)},
 }
 FILES = ("full", "loha")  # subsets that are folders of files, not parquet
 WEIGHT_DECAY = 1e-2
@@ -471,7 +471,7 @@ column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out,
   half precision. `tiny_full`: the projections themselves, for {len(MICRO_DATASETS["full"])} more hands (learning rate
   {RECIPES["full"][""].learning_rate:g}), with the base model (`base.safetensors`).
   `tiny_loha`: LoHa of rank {LOHA_RANK}, for {len(MICRO_DATASETS["loha"])} of those hands (learning rate
-  {RECIPES["loha"][""].learning_rate:g}). Learning rates were chosen among three and two on pilots of other hands.
+  {RECIPES["loha"][""].learning_rate:g}). Learning rates were chosen among three each on pilots of other hands.
 - Made with torch {version("torch")}, diffusers {version("diffusers")} and peft {version("peft")} on a CPU by
 
       python tests/make_tiny_wise.py --subset low_4
