@@ -589,13 +589,16 @@ class LogRidge:
 
     @classmethod
     def fit(cls, train: Spectra, new: Spectra, units: Tensor | None = None) -> LogRidge:
-        """Fit on the training models. Nothing is fitted twice: leaving models out of a ridge has a closed form.
+        """Fit on the training models, without fitting anew what is left out (`left_out_ridge`).
 
-        With the hat matrix H (fitted values H y) and a unit f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f
-        when f is left out. A fit isn't changed by models that lie on it: so with f left out, new models are answered as
-        if y_f had been what is said of f. The scale of the features, the penalty, the deviation and, for recipes,
-        the places in `local_kernels` are those of all models, whatever is left out: but for these, models that are left
-        out are like new ones.
+        A recipe moves all norms, so that one line through several recipes fits none. Of several recipes, models weigh
+        the less for each other the farther they are apart (`recipe_distances`): the kernel is divided by 1 + (d / 8)²,
+        so that neighbouring sizes and recipes speak for each other, and far ones still a little. What is far from all
+        labelled models, of a recipe that nobody labelled, is better told by the one line: that answer counts, in place
+        of the local one, with (d / 5)² to 1 for a distance d from the nearest.
+
+        The scale of the features, the penalty and the distances are those of all models, whatever is left out: but for
+        these, models that are left out are like new ones.
 
         Args:
             units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
@@ -607,27 +610,20 @@ class LogRidge:
         if len(y) == 1:
             return cls(candidates, y.expand(len(z)), y, y.expand(len(z), 1), 1.0)
         folds = [(groups == group).nonzero().flatten() for group in groups.unique()]
+        kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
+        found = left_out_ridge(kernel, cross, y, folds)
         if train.of_recipe.any():
-            kernel, cross = local_kernels(x, z, train, new)
-        else:
-            kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
-        values, vectors = torch.linalg.eigh(kernel)
-        values = values.clamp_min(0)
-
-        def missed_by(penalty: float) -> Tensor:
-            hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / len(y)
-            residuals, errors = y - hat @ y, torch.empty_like(y)
-            for fold in folds:
-                rest = torch.eye(len(fold), dtype=y.dtype) - hat[fold][:, fold]
-                errors[fold] = torch.linalg.solve(rest, residuals[fold])
-            return errors
-
-        deviation, penalty = min((float(missed_by(penalty).square().mean().sqrt()), penalty) for penalty in PENALTIES)
-        errors = missed_by(penalty)
-        weights = (cross @ vectors / (values + penalty)) @ vectors.T + 1 / len(y)  # H for new models
-        answers = weights @ y
-        turns = torch.stack([answers - weights[:, fold] @ errors[fold] for fold in folds], dim=1)
-        return cls(candidates, answers, y - errors, turns, deviation)
+            among, between = recipe_distances(x, z, train, new)
+            local = left_out_ridge((1 + kernel) / (1 + among / 8**2), (1 + cross) / (1 + between / 8**2), y, folds)
+            trust = [between.amin(1), torch.empty_like(y), torch.empty(len(z), len(folds), dtype=y.dtype)]
+            for number, fold in enumerate(folds):
+                rest = torch.isin(torch.arange(len(y)), fold, invert=True)
+                trust[1][fold] = among[fold][:, rest].amin(1)
+                trust[2][:, number] = between[:, rest].amin(1)
+            weights = [1 / (1 + nearest / 5**2) for nearest in trust]
+            found = [its + t * (other - its) for its, other, t in zip(found, local, weights, strict=True)]
+        answers, held_out, turns = found
+        return cls(candidates, answers, held_out, turns, float((y - held_out).square().mean().sqrt()))
 
     def prediction(self, answers: Tensor) -> Prediction:
         """The training sizes nearest to answers, log n of any shape; in images up to four times beyond those sizes."""
@@ -650,20 +646,56 @@ def log_features(train: Spectra, test: Spectra) -> tuple[Tensor, Tensor]:
     return (x - mean) * scale, (z - mean) * scale
 
 
-def local_kernels(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[Tensor, Tensor]:
-    """The kernels of a regression whose coefficients may differ between recipes.
+def left_out_ridge(kernel: Tensor, cross: Tensor, y: Tensor, folds: list[Tensor]) -> list[Tensor]:
+    """A ridge regression on y with an intercept, and what it would say with each fold left out, in closed form.
 
-    A recipe moves all norms, so that one line through several recipes fits none. Models weigh the less for each other
-    the farther they are apart in four numbers: their `mean_log_norms`, and the first two principal components of the
-    features' means by recipe and size. The weight is 1 / (1 + (d / 8)²) for a distance d in standard deviations within
-    a recipe and size, so that neighbouring sizes and recipes speak for each other, and far ones still a little.
+    With the hat matrix H (fitted values H y) and a fold f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f when
+    f is left out. A fit isn't changed by models that lie on it: so with f left out, new models are answered as if y_f
+    had been what is said of f. The penalty is the one with the least errors on what is left out.
+
+    Args:
+        kernel: of the models, [models, models].
+        cross: theirs with new ones, [new, models].
+        folds: the numbers of the models that are left out at a time.
+
+    Returns:
+        The answers for new models, [new]; for each model without its fold, [models]; for new models without each fold,
+        [new, folds].
+    """
+    of_model = kernel.mean(0)
+    cross = cross - of_model
+    cross = cross - cross.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh(kernel - of_model - of_model[:, None] + of_model.mean())
+    values = values.clamp_min(0)
+
+    def missed_by(penalty: float) -> Tensor:
+        hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / len(y)
+        residuals, errors = y - hat @ y, torch.empty_like(y)
+        for fold in folds:
+            rest = torch.eye(len(fold), dtype=y.dtype) - hat[fold][:, fold]
+            errors[fold] = torch.linalg.solve(rest, residuals[fold])
+        return errors
+
+    _, penalty = min((float(missed_by(penalty).square().mean()), penalty) for penalty in PENALTIES)
+    errors = missed_by(penalty)
+    weights = (cross @ vectors / (values + penalty)) @ vectors.T + 1 / len(y)  # H for new models
+    answers = weights @ y
+    turns = torch.stack([answers - weights[:, fold] @ errors[fold] for fold in folds], dim=1)
+    return [answers, y - errors, turns]
+
+
+def recipe_distances(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[Tensor, Tensor]:
+    """How far models are from training models in what recipes change, in squares of the spread within recipe and size.
+
+    That is four numbers: their `mean_log_norms`, and the first two principal components of the features' means by
+    recipe and size.
 
     Args:
         x: features of the training models, [models, features].
         z: features of the new models, [new, features].
 
     Returns:
-        The kernel of the training models, [models, models], and theirs with the new ones, [new, models]; centred.
+        Squared Mahalanobis distances [models, models] and [new, models].
     """
     groups = train.groups
     members = torch.nn.functional.one_hot(groups).double()
@@ -677,15 +709,11 @@ def local_kernels(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[T
     known, asked = known / scale, asked / scale
     inverse = torch.linalg.inv(spread_within(known, groups))
 
-    def kernel(features: Tensor, place: Tensor) -> Tensor:
-        apart = place[:, None] - known
-        distance = torch.einsum("nmi,ij,nmj->nm", apart, inverse, apart)
-        return (1 + features @ x.T / x.shape[1]) / (1 + distance / 8**2)
+    def apart(place: Tensor) -> Tensor:
+        differences = place[:, None] - known
+        return torch.einsum("nmi,ij,nmj->nm", differences, inverse, differences)
 
-    among, cross = kernel(x, known), kernel(z, asked)
-    of_model = among.mean(0)
-    cross = cross - of_model
-    return among - of_model - of_model[:, None] + of_model.mean(), cross - cross.mean(1, keepdim=True)
+    return apart(known), apart(asked)
 
 
 def log_norms(spectra: Spectra) -> Tensor:

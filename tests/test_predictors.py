@@ -16,6 +16,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 import dsire
 
@@ -128,39 +129,74 @@ def test_log_ridge_is_ridge_with_a_penalty_from_leave_one_group_out(part: dsire.
 
 
 def test_log_ridge_of_several_recipes_is_fitted_anew_without_each_micro_dataset(part: dsire.Spectra) -> None:
-    """Of its kernel, by the equations of a ridge with an intercept, solved for the models that are left."""
+    """Of both kernels, by the equations of a ridge with an intercept, solved for the models that are left; and mixed by
+    the distance from the nearest of those."""
     second = part.micro_datasets % 2 == 1  # as if their recipe made them larger
     values = torch.where(second[:, None], 1.5, 1.0) * part.values
     both = dsire.replace(part, values=values, recipes=["ab"[int(number)] for number in second])
     (run,) = dsire.splits(both.micro_datasets, dsire.Protocol(experiments=1, train_size=12))
     train, test = both.of_models(run.train), both.of_models(run.test)
     x, z = dsire.log_features(train, test)
-    kernel, cross = dsire.local_kernels(x, z, train, test)
-    y = train.sizes.double().log()
+    among, between = dsire.recipe_distances(x, z, train, test)
+    y, every = train.sizes.double().log(), torch.arange(len(train.names))
+    folds = [train.micro_datasets == number for number in range(train.count)]
 
-    def fitted_on(rest: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is said of training and of test models."""
-        border = torch.ones(len(rest), 1, dtype=torch.float64)
-        ridge = kernel[rest][:, rest] + penalty * torch.eye(len(rest), dtype=torch.float64)
-        system = torch.cat([torch.cat([ridge, border], 1), torch.cat([border.T, torch.zeros(1, 1)], 1)])
-        *weights, intercept = torch.linalg.solve(system, torch.cat([y[rest], torch.zeros(1)]))
-        known, new = (side[:, rest] @ torch.stack(weights) + intercept for side in (kernel, cross))
-        return known, new
+    def fitted_anew(kernel: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is said of test models; of training models that are left out; of test models at each turn."""
 
-    turns, held_out = {}, {}
-    for penalty in dsire.PENALTIES:
-        held_out[penalty], turns[penalty] = torch.zeros_like(y), []
-        for number in range(train.count):
-            out = train.micro_datasets == number
-            known, new = fitted_on((~out).nonzero().flatten(), penalty)
-            held_out[penalty][out] = known[out]
-            turns[penalty].append(new)
-    best = min(dsire.PENALTIES, key=lambda penalty: float((held_out[penalty] - y).square().mean()))
+        def fitted_on(rest: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+            border = torch.ones(len(rest), 1, dtype=torch.float64)
+            ridge = kernel[rest][:, rest] + penalty * torch.eye(len(rest), dtype=torch.float64)
+            system = torch.cat([torch.cat([ridge, border], 1), torch.cat([border.T, torch.zeros(1, 1)], 1)])
+            *weights, intercept = torch.linalg.solve(system, torch.cat([y[rest], torch.zeros(1)]))
+            known, new = (side[:, rest] @ torch.stack(weights) + intercept for side in (kernel, cross))
+            return known, new
+
+        turns, held_out = {}, {}
+        for penalty in dsire.PENALTIES:
+            held_out[penalty], turns[penalty] = torch.zeros_like(y), []
+            for out in folds:
+                known, new = fitted_on(every[~out], penalty)
+                held_out[penalty][out] = known[out]
+                turns[penalty].append(new)
+        best = min(dsire.PENALTIES, key=lambda penalty: float((held_out[penalty] - y).square().mean()))
+        return fitted_on(every, best)[1], held_out[best], torch.stack(turns[best], dim=1)
+
+    kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
+    line = fitted_anew(kernel, cross)
+    local = fitted_anew((1 + kernel) / (1 + among / 64), (1 + cross) / (1 + between / 64))
+    nearest = [between.min(1).values, torch.zeros_like(y), torch.zeros_like(line[2])]
+    for number, out in enumerate(folds):
+        nearest[1][out] = torch.stack([among[model, ~out].min() for model in every[out]])
+        nearest[2][:, number] = between[:, ~out].min(1).values
+    expected = [(25 * one + d * other) / (25 + d) for one, other, d in zip(local, line, nearest, strict=True)]
     fit = dsire.LogRidge.fit(train, test)
-    close = {"rtol": 0, "atol": 1e-6}
-    torch.testing.assert_close(fit.answers, fitted_on(torch.arange(len(y)), best)[1], **close)
-    torch.testing.assert_close(fit.held_out, held_out[best], **close)
-    torch.testing.assert_close(fit.turns, torch.stack(turns[best], dim=1), **close)
+    assert nearest[0].max() > 4  # both count
+    for its, what in zip((fit.answers, fit.held_out, fit.turns), expected, strict=True):
+        torch.testing.assert_close(its, what, rtol=0, atol=1e-6)
+
+
+def test_recipe_distances_are_those_of_four_numbers(part: dsire.Spectra) -> None:
+    """By the book: the mean log norms of A and B, and scikit-learn's components of the groups' means."""
+    from sklearn.decomposition import PCA
+
+    both = dsire.replace(part, recipes=["ab"[int(number) % 2] for number in part.micro_datasets])
+    x, z = dsire.log_features(both, both)
+    groups = [(recipe, size) for recipe, size in zip(both.recipes, both.sizes.tolist(), strict=True)]
+    members = {group: [model for model, its in enumerate(groups) if its == group] for group in groups}
+    means = np.stack([x[its].mean(0).numpy() for its in members.values()])
+    norms = both.values.norm(dim=-1).log()
+    kinds = [norms[[voter.matrix == matrix for voter in both.voters]].mean(0).numpy() for matrix in "AB"]
+    places = np.column_stack([PCA(2).fit(means).transform(x.numpy()), *kinds])
+    within = np.concatenate([places[its] - places[its].mean(0) for its in members.values()])
+    deviations = places.std(0, ddof=1)
+    before = np.cov((places / deviations).T) / 25
+    scaled = within / deviations
+    covariance = (scaled.T @ scaled + 4 * before) / (len(places) - len(members) + 4)
+    apart = (places[:5, None] - places[None]) / deviations
+    expected = np.einsum("nmi,ij,nmj->nm", apart, np.linalg.inv(covariance), apart)
+    found, _ = dsire.recipe_distances(x, z, both, both)
+    np.testing.assert_allclose(found[:5].numpy(), expected, rtol=1e-3, atol=1e-9)
 
 
 def of_values(values: list[list[list[float]]]) -> dsire.Spectra:
