@@ -1286,7 +1286,9 @@ def kind_of_model(shapes: dict[str, list[int]]) -> str:
     widths = sorted({shape[1] for layer, shape in shapes.items() if layer.endswith("attn2_to_k")})
     names = [f"{width}" + (f" ({SD_OF_WIDTH[width]})" if width in SD_OF_WIDTH else "") for width in widths]
     of_rank = f" of rank {ranks}" if ranks else ""
-    return f"{len(shapes)} layers{of_rank}" + (f", cross-attention width {', '.join(names)}" if names else "")
+    return f"{counted(len(shapes), 'layer')}{of_rank}" + (
+        f", cross-attention width {', '.join(names)}" if names else ""
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2752,7 +2754,10 @@ def folder_source(folder: Path, subset: str | None, base: Base | None = None) ->
             lists = [file for file in visible_files(folder, [".csv"]) if file.name == "metadata.csv"]
             notes += [f"{shown(file)} is not read: it does not lie in {folder} itself" for file in lists[:1]]
         else:
-            listed = {*files, *(file.absolute() for file in (base.files if base else []))}
+            of_base = {file.absolute() for file in (base.files if base else [])}
+            if both := of_base & {*files}:
+                raise DsireError(f"--base is one of the labelled models: {shown(both.pop())} is in metadata.csv")
+            listed = {*files, *of_base}
             unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & listed]
             if unlisted:
                 such = shown(unlisted[0].relative_to(folder).as_posix())
@@ -3319,7 +3324,10 @@ def together(notes: list[tuple[str, str]]) -> list[str]:
     alike: dict[str, list[str]] = {}
     for name, note in notes:
         alike.setdefault(re.sub(r"\d+", "0", note), []).append(f"{shown(name)}: {note}")
-    return [its[0] + (f" (and so of {len(its) - 1} other files)" if len(its) > 1 else "") for its in alike.values()]
+    return [
+        its[0] + (f" (and so of {counted(len(its) - 1, 'other file')})" if len(its) > 1 else "")
+        for its in alike.values()
+    ]
 
 
 # An epoch in the path of a file: name-000001.safetensors, name-step00000500.safetensors, checkpoint-500/name.bin
@@ -3445,7 +3453,8 @@ def describe(spectra: Spectra, settings: dict[str, Any], notes: list[str], *more
     kind = kind_of_model({voter.layer: spectra.shapes[voter.layer] for voter in spectra.voters})
     of_method = "matrices " if spectra.method == "LoRA" else f"{spectra.method}, matrices "
     return [
-        f"{settings['subset']}: {len(spectra.names)} models, {spectra.count} micro-datasets, sizes {sizes}",
+        f"{settings['subset']}: {counted(len(spectra.names), 'model')}, {counted(spectra.count, 'micro-dataset')}, "
+        f"sizes {sizes}",
         f"{kind}; {of_method}{' '.join(spectra.kinds)}, so {len(spectra.voters)} voters",
         *more,
         *(f"note: {note}" for note in notes),
@@ -3466,7 +3475,12 @@ def paper_values(settings: dict[str, Any]) -> dict[str, tuple[tuple[float, float
 def report_lines(spectra: Spectra, experiments: list[Metrics], settings: dict[str, Any], notes: list[str]) -> list[str]:
     """What is said of the labelled models and of one predictor, and the paper's values for both."""
     predictor, train_size = settings["predictor"], settings["train_size"]
-    protocol = f"{train_size} micro-datasets to train, {spectra.count - train_size} to test"
+    protocol = f"{counted(train_size, 'micro-dataset')} to train, {spectra.count - train_size} to test"
+    if (most := math.comb(spectra.count, train_size)) < 5 * len(experiments):
+        notes = [
+            *notes,
+            f"there are {most} ways to choose {train_size} of {spectra.count}: experiments repeat each other",
+        ]
     lines = describe(spectra, settings, notes, f"{counted(len(experiments), 'experiment')}: {protocol}")
     lines.append(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}")
     lines.append(f"{predictor:16}" + summary_cells(mean_and_std(experiments).values()))
@@ -3550,10 +3564,10 @@ def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
     its = counted(estimate.estimate, "image")
     title, *reasons = estimate.first or [its]
     said = [("because", reason) for reason in reasons]
-    if estimate.first:
-        said.append(("would be", its))
-    shares = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
-    said.append((votes, ", ".join(f"{size}: {share:.0%}" for size, share in shares if share >= 0.005)))
+    if UNTRAINED not in estimate.first:
+        said += [("would be", its)] if estimate.first else []
+        shares = sorted(estimate.votes.items(), key=lambda vote: -vote[1])
+        said.append((votes, ", ".join(f"{size}: {share:.0%}" for size, share in shares if share >= 0.005)))
     if estimate.alike and not estimate.first:
         low, high, models, right = estimate.alike
         held = "held the size" if interval else "were right"
@@ -3561,8 +3575,11 @@ def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
         like = f"of {left_out} with {low:.0%} to {high:.0%} of the {what}, {right:g} {held}"
         said.append(("like it", like if models else f"no left-out model had {low:.0%} of the {what}"))
         members = (" to " if interval else " or ").join(map(str, dict.fromkeys(estimate.confidence_set)))
-        sure = f"with {percent(confidence)} confidence, if its recipe and size are labelled"
-        said.append(("so", f"{members or 'none of the sizes'}, {sure}"))
+        sure = f"{members}, with {percent(confidence)} confidence, if its recipe and size are labelled"
+        none = (
+            f"none, at {percent(confidence)}: it is like none of the labelled sizes, the estimate is not to be trusted"
+        )
+        said.append(("so", sure if members else none))
     if estimate.recipe:
         said.append(("recipe", f"nearest to {shown(estimate.recipe)}"))
     if estimate.stated_size:
@@ -3745,6 +3762,8 @@ def estimates_figure(plt: Any, rows: list[tuple[Estimate, Spectra, Spectra]]) ->
             for number in held:
                 axis.axvspan(number - 0.5, number + 0.5, color="#d55e00", alpha=0.15, linewidth=0)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
             axis.set_xticks(range(len(sizes)), sizes.tolist())
             axis.set(xlabel="dataset size (images)", ylabel=f"norm of {matrix}")
         what = estimate.first[0][:40] if estimate.first else counted(estimate.estimate, "image")
@@ -3792,7 +3811,8 @@ def output_folder(text: str) -> Path:
 
 def command_line() -> argparse.ArgumentParser:
     protocol = Protocol()
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = str(__doc__).partition("The script reads")[0]
+    parser = OneLineParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--subset", help="a config of the dataset, such as low_32 (default: low_4, which ships with the script)")
     add("--rank", type=positive, help="the LoRA rank (default: the subset's name has it), or values kept of a change")
@@ -3811,7 +3831,13 @@ def command_line() -> argparse.ArgumentParser:
     add("--plots", action="store_true", help="draw the paper's figures into --output")
     add("--predict", nargs="+", metavar="LORA", help="estimate for these files, folders or Hub repositories instead")
     add("--confidence", type=between_0_and_1, help="of the set of sizes that --predict names (0.9)")
-    add("--leave_out", "--leave-out", choices=("name", "recipe"), default="name", help="what --predict judges by")
+    add(
+        "--leave_out",
+        "--leave-out",
+        choices=("name", "recipe"),
+        default="name",
+        help="at a time, to tell how sure --predict is",
+    )
     add("--base", help="the model that full fine-tunes in files began as: a file, folder or Hub repository")
     add("--output", type=output_folder, help="folder for report.json, and predictions.csv or estimates.csv")
     return parser

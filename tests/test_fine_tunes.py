@@ -820,7 +820,7 @@ def test_the_spectra_of_shipped_full_fine_tunes() -> None:
     ("name", "options", "least"),
     [
         ("tiny_full", [f"--base={TINY_FULL / 'base.safetensors'}", "--train_size=15"], 50),
-        ("tiny_loha", ["--train_size=7"], 35),
+        ("tiny_loha", ["--train_size=5"], 35),
     ],
     ids=["full", "LoHa"],
 )
