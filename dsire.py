@@ -1506,7 +1506,8 @@ OTHER_METHODS = {
     "VeRA": r"\.vera_|^vera_",
     "AdaLoRA": r"\.lora_E$|\.lora_E\.",
     "KaSA": r"\.lora_diag\b",
-    "OFT": r"\.oft_",
+    "OFT or BOFT": r"\.b?oft_",
+    "HRA, Bone, VB-LoRA, FourierFT or other": r"\.(?:hra|bone|miss|vblora|randlora|fourierft|waveft|c3a|road)_",
     "stacked experts' (target_parameters)": r"\.(?:experts|base_layer)\.lora_[AB]\b",
 }
 

@@ -294,6 +294,10 @@ def test_other_methods_are_refused_by_name(method: str, settings: Any, with_conf
     ("key", "method"),
     [
         ("lora_unet_x.on_input", "(IA)3"),
+        ("base_model.model.x.boft_R", "BOFT"),
+        ("lora_unet_x.oft_blocks", "OFT"),
+        ("base_model.model.x.hra_u", "HRA"),
+        ("base_model.model.x.fourierft_spectrum", "FourierFT"),
     ],
 )
 def test_other_methods_of_lycoris_are_refused_by_name(key: str, method: str, tmp_path: Path) -> None:
