@@ -537,7 +537,9 @@ def fitted_voters(new_estimator: Callable[[], Any], spectra: Spectra, splits: li
         with one_thread_each():
             return [vote(split) for split in splits]
     except (ValueError, IndexError) as error:
-        raise DsireError(f"ridge or gda needs more training models (a larger --train_size): {shown(error)}") from error
+        raise DsireError(
+            f"ridge or gda needs more models to train on, --train_size or labelled: {shown(error)}"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,7 +553,8 @@ def log_ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
 
     Singular values shrink roughly as a power of n, so their logarithms are near linear in log n, in every voter; and a
     regression knows what a classifier does not, that 4 lies between 3 and 5. The penalty is the one that predicts best
-    when the training micro-datasets are left out in turn: nothing is chosen on test models. The shares are those of a
+    when the training micro-datasets are left out in turn: nothing is chosen on test models. Of several recipes, a line
+    through all of them is mixed with a local one (`LogRidge.fit`). The shares are those of a
     normal distribution about the answer, as wide as the errors on what was left out.
     """
     with one_thread_each():
@@ -592,13 +595,13 @@ class LogRidge:
         """Fit on the training models, without fitting anew what is left out (`left_out_ridge`).
 
         A recipe moves all norms, so that one line through several recipes fits none. Of several recipes, models weigh
-        the less for each other the farther they are apart (`recipe_distances`): the kernel is divided by 1 + (d / 8)²,
+        the less for each other the farther they are apart (`recipe_distances`): 1 + kernel is divided by 1 + (d / 8)²,
         so that neighbouring sizes and recipes speak for each other, and far ones still a little. What is far from all
         labelled models, of a recipe that nobody labelled, is better told by the one line: that answer counts, in place
         of the local one, with (d / 5)² to 1 for a distance d from the nearest.
 
-        The scale of the features, the penalty and the distances are those of all models, whatever is left out: but for
-        these, models that are left out are like new ones.
+        How features are standardised, the penalty and the distances are those of all models, whatever is left out: but
+        for these, models that are left out are like new ones.
 
         Args:
             units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
@@ -705,7 +708,7 @@ def recipe_distances(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tupl
         torch.cat([features @ components, mean_log_norms(spectra)], dim=1)
         for features, spectra in ((x, train), (z, new))
     )
-    scale = known.std(0).clamp_min(1e-9)
+    scale = known.std(0).clamp_min(1e-6)  # less is rounding
     known, asked = known / scale, asked / scale
     inverse = torch.linalg.inv(spread_within(known, groups))
 
@@ -896,7 +899,8 @@ class LeftOut:
 def beside(fitted: Spectra, new: Spectra) -> tuple[Spectra, Split]:
     """Labelled and new models as one, and the split that trains on the former and asks for the latter."""
     values, sizes = torch.cat([fitted.values, new.values], dim=1), torch.cat([fitted.sizes, new.sizes])
-    both = replace(fitted, values=values, sizes=sizes, names=[*fitted.names, *new.names], recipes=[])
+    recipes = fitted.recipes + fitted.recipes[:1] * len(new.names)  # of new models nobody looks at it
+    both = replace(fitted, values=values, sizes=sizes, names=[*fitted.names, *new.names], recipes=recipes)
     return both, Split(torch.arange(len(fitted.sizes)), torch.arange(len(fitted.sizes), len(sizes)))
 
 
@@ -937,10 +941,11 @@ def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor, units: Tensor
 def conformal_p(sizes: Tensor, units: Tensor, left_out: LeftOut) -> Tensor:
     """The conformal p-value of each candidate size for each new model, float64 [new, candidates].
 
-    Cross-conformal (Vovk 2015) over units, here micro-datasets, as what is exchangeable (Lee, Barber and Willett 2023),
-    and label-conditional: a size n is compared with the left-out models of size n alone (of the nearest labelled size,
-    for an n that is none). With s_i how well the true size of model i conforms when its unit k is left out, s_k(n) how
-    well n conforms for the new model at that turn, and K_n the number of units that have a model of size n,
+    Cross-conformal (Vovk 2015) over units as what is exchangeable (Lee, Barber and Willett 2023): micro-datasets, or
+    recipes that share none. And label-conditional: a size n is compared with the left-out models of size n alone (of
+    the nearest labelled size, for an n that is none). With s_i how well the true size of model i conforms when its unit
+    k is left out, s_k(n) how well n conforms for the new model at that turn, and K_n the number of units that have a
+    model of size n,
         p(n) = (1 + sum over those units of the mean over their models i of size n of [s_i <= s_k(n)]) / (K_n + 1).
     The set of sizes with p(n) > 1 - confidence then holds the true size with that confidence, for every size alike; the
     proof (of Barber et al. 2021, for each size) gives 1 - 2 (1 - confidence).
@@ -955,7 +960,7 @@ def conformal_p(sizes: Tensor, units: Tensor, left_out: LeftOut) -> Tensor:
     for number, size in enumerate(labelled):
         models, columns = (sizes == size).nonzero().flatten(), compared_with == number
         _, its_unit, models_of_unit = units[models].unique(return_inverse=True, return_counts=True)
-        strange = left_out.true[models, None, None] <= left_out.turns[:, :, columns][units[models]]
+        strange = left_out.true[models, None, None] <= left_out.turns[:, :, columns][units[models]] + 1e-9
         weights = (1 / models_of_unit.double())[its_unit]
         p[:, columns] = (1 + torch.einsum("m,mnc->nc", weights, strange.double())) / (len(models_of_unit) + 1)
     return p
@@ -1059,9 +1064,9 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
     means = members.T @ known / count
     residuals = (known - means[of_group]).square()
     variance = (members.T @ residuals + 2 * residuals.sum(0) / degrees) / (count + 1)
-    scores = (asked - means[near]).square() / variance[near].clamp_min(1e-18)
+    scores = (asked - means[near]).square() / variance[near].clamp_min(1e-12)  # less is rounding
     columns = torch.stack([of_means, *(scores[:, kind].mean(1) for kind in kinds)], dim=1)
-    return columns.clamp_min(1e-300), numbers[near]
+    return columns.clamp_min(1e-3), numbers[near]
 
 
 def what_is_beyond(fitted: Spectra, new: Spectra, factor: float) -> list[str]:
@@ -1130,7 +1135,8 @@ def estimates(
         if same is not None:
             label = f"{shown(fitted.names[same])} of {counted(int(fitted.sizes[same]), 'image')}"
             said.insert(0, f"this very model is among the labelled ones: {label}")
-        if fitted.recipes_stated and file.recipes and file.recipes[0] not in fitted.recipes:
+        stated = fitted.recipes_stated and not leave_out_recipes
+        if stated and file.recipes and file.recipes[0] not in fitted.recipes:
             first.append(f"states a recipe that no labelled model has: {file.recipes[0]}")
         if check is None:
             said.append("one micro-dataset only: how sure the estimate is can't be told")
@@ -1143,7 +1149,7 @@ def estimates(
             how = f" (p = {one.recipe_p:.2g})" if unlike else ""
             first.append(f"not comparable with the labelled models{how}: {REASONS}")
             first.extend(filter(None, [beyond[row]]))
-        elif compared < FEWEST_COMPARED:
+        elif check and compared < FEWEST_COMPARED:
             models = counted(compared, "labelled model")
             said.append(f"whether it is comparable can't be told by {models}: label {FEWEST_COMPARED} or more")
         if one.confidence_set and not one.holds(one.estimate):
@@ -1181,12 +1187,12 @@ def estimates_on(fitted: Spectra, new: Spectra, predictor: str, confidence: floa
 def right_when_left_out(sizes: Tensor, left_out: LeftOut, predictor: str, confidence: float) -> Tensor:
     """Whether each labelled model's prediction was right when it was left out, bool [models].
 
-    For `log-regression`, whose answers are numbers of images, right is what the interval would have held.
+    For `log-regression`, whose answers are numbers of images, right is about what the interval would have held.
     """
     if predictor != "log-regression":
         return left_out.held_out.sizes == sizes
     alike = sizes[None] == sizes[:, None]
-    at_least_as_strange = (left_out.true[None] <= left_out.true[:, None]) & alike
+    at_least_as_strange = (left_out.true[None] <= left_out.true[:, None] + 1e-9) & alike
     return at_least_as_strange.sum(1).double() / alike.sum(1) > 1 - confidence + 1e-9
 
 
@@ -2370,6 +2376,7 @@ def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tens
     grouped = merged.reshape(len(old), len(magnitude) if by_input else 1, -1)
     m = magnitude.reshape((1, -1, 1) if by_input else (len(old), 1, 1))
     norms = torch.linalg.vector_norm(grouped, dim=(0, 2) if by_input else 2, keepdim=True)
+    norms = norms.masked_fill(norms == 0, 1)
     change: Tensor = (grouped * (m / norms)).reshape(old.shape) - old
     return change
 
@@ -3295,9 +3302,10 @@ def join_files(files: dict[str, Spectra], folder: Path) -> Spectra:
     """Models from files (name -> its spectra) as one, on the layers and matrices that all of them have."""
     known = [*files.values()]
     shapes = [file.shapes for file in known]
+    longest = {layer: max((other.get(layer, []) for other in shapes), key=len) for layer in shapes[0]}
     common = {
         layer: min((other[layer] for other in shapes), key=len)
-        for layer, shape in shapes[0].items()
+        for layer, shape in longest.items()
         if all(same_shape(other.get(layer, []), shape) for other in shapes)
     }
     of_all = set(known[0].voters).intersection(*(file.voters for file in known))
@@ -3477,11 +3485,6 @@ def report_lines(spectra: Spectra, experiments: list[Metrics], settings: dict[st
     """What is said of the labelled models and of one predictor, and the paper's values for both."""
     predictor, train_size = settings["predictor"], settings["train_size"]
     protocol = f"{counted(train_size, 'micro-dataset')} to train, {spectra.count - train_size} to test"
-    if (most := math.comb(spectra.count, train_size)) < 5 * len(experiments):
-        notes = [
-            *notes,
-            f"there are {most} ways to choose {train_size} of {spectra.count}: experiments repeat each other",
-        ]
     lines = describe(spectra, settings, notes, f"{counted(len(experiments), 'experiment')}: {protocol}")
     lines.append(f"\n{'':16}{'MAE':>16}{'MAPE %':>16}{'accuracy %':>16}")
     lines.append(f"{predictor:16}" + summary_cells(mean_and_std(experiments).values()))
@@ -3558,7 +3561,7 @@ def breakdown(title: str, rows: dict[str, list[Metrics]], *metric_names: str) ->
     return lines
 
 
-def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
+def estimate_lines(estimate: Estimate, confidence: float, leave_out_recipes: bool) -> list[str]:
     """What is printed of one file: what the reader has to know first is in the first line."""
     interval = estimate.predictor == "log-regression"
     votes, what = ("weights", "weight") if estimate.predictor.startswith("log-") else ("votes", "votes")
@@ -3576,7 +3579,12 @@ def estimate_lines(estimate: Estimate, confidence: float) -> list[str]:
         like = f"of {left_out} with {low:.0%} to {high:.0%} of the {what}, {right:g} {held}"
         said.append(("like it", like if models else f"no left-out model had {low:.0%} of the {what}"))
         members = (" to " if interval else " or ").join(map(str, dict.fromkeys(estimate.confidence_set)))
-        sure = f"{members}, with {percent(confidence)} confidence, if its recipe and size are labelled"
+        known = (
+            "its size is labelled, and its recipe of their kind"
+            if leave_out_recipes
+            else "its recipe and size are labelled"
+        )
+        sure = f"{members}, with {percent(confidence)} confidence, if {known}"
         none = (
             f"none, at {percent(confidence)}: it is like none of the labelled sizes, the estimate is not to be trusted"
         )
@@ -3939,6 +3947,9 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
     runs = splits(spectra.micro_datasets, protocol)
     predictions = predictor(spectra, runs)
     experiments = judge(spectra, runs, predictions)
+    different = len({tuple(run.train.tolist()) for run in runs})
+    if different < len(runs):
+        notes.append(f"only {different} of the {len(runs)} experiments are different ones")
     lines, summary = report_lines(spectra, experiments, settings, notes), mean_and_std(experiments)
     details: dict[str, Any] = {
         "experiments": [its._asdict() for its in experiments],
@@ -3991,6 +4002,8 @@ def predict(
     if by_recipe and len(units.unique()) == 1:
         raise DsireError("--leave_out=recipe needs models of two recipes: a column `recipe` says which is which")
     notes = notes + what_can_be_supported(fitted.sizes, units, arguments.confidence, unit)
+    if by_recipe and len(torch.stack([fitted.micro_datasets, units], 1).unique(dim=0)) > fitted.count:
+        notes.append("the recipes share micro-datasets: sets may be too narrow for files of any other")
     alike: dict[tuple[Any, ...], list[Spectra]] = {}  # files with the same layers are judged together
     width = fitted.values.shape[-1]
     judged: dict[str, tuple[Estimate, Spectra, Spectra]] = {}
@@ -4011,7 +4024,9 @@ def predict(
     if arguments.plots and len(drawn) > PICTURED:
         notes.append(f"estimates.png shows the first {PICTURED} of {len(drawn)} files")
     lines = describe(fitted, settings, notes, f"predictor {arguments.predictor}")
-    with said_at_the_end(lines + [line for one in found for line in estimate_lines(one, arguments.confidence)]):
+    with said_at_the_end(
+        lines + [line for one in found for line in estimate_lines(one, arguments.confidence, by_recipe)]
+    ):
         if arguments.output:
             write_estimates(arguments.output, found, refused)
             details = [{**asdict(one), "vote_share": max(one.votes.values())} for one in found]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
+from lora_writers import write_model
 
 import dsire
 
@@ -216,3 +219,47 @@ def test_recipes_and_sizes_of_one_model_each_do_not_make_all_answers_the_same() 
     fit = dsire.LogRidge.fit(together(*parts), new)
     of_size = [float(fit.answers[new.sizes == size].mean()) for size in SIZES]
     assert of_size[0] + 0.5 < of_size[1] < of_size[2] - 0.5
+
+
+def test_one_micro_dataset_under_several_recipes_is_fitted_by_recipe() -> None:
+    """Nothing can be left out then, but recipes count all the same."""
+    parts = [made_up(1, seed=number, factor=2.0**number, recipe=f"recipe {number}") for number in range(6)]
+    fitted, new = together(*parts), made_up(1, seed=50, factor=4.0)
+    found = dsire.estimates(fitted, [new.of_models(torch.tensor([row])) for row in range(3)], "log-ridge", 0.9)
+    answers = dsire.LogRidge.fit(fitted, new).prediction(dsire.LogRidge.fit(fitted, new).answers)
+    assert [one.estimate for one in found] == answers.sizes.tolist()
+    assert not any("can't be told by 0" in warning for one in found for warning in one.warnings)
+
+
+def test_a_kind_of_matrix_that_never_varies_flags_nothing_by_its_rounding() -> None:
+    """A is frozen, the same in all models but for its last digit."""
+    fitted, new = made_up(12, seed=1), made_up(6, seed=2)
+    for spectra, factor in ((fitted, 1.0), (new, 1 + 1e-13)):
+        spectra.values[[voter.matrix == "A" for voter in spectra.voters]] = factor
+    p = dsire.check_recipe(fitted, new, fitted.micro_datasets).p
+    assert (p <= dsire.NOT_COMPARABLE).double().mean() <= 0.25  # a few of 18 by chance
+
+
+@pytest.mark.parametrize("predictor", ["log-ridge", "log-regression"])
+def test_where_nothing_is_known_no_set_leaves_a_size_out_by_rounding(predictor: str) -> None:
+    """All spectra are equal, so that all models are answered alike, left out or new."""
+    fitted, new = made_up(12, seed=1), made_up(1, seed=2)
+    for spectra in (fitted, new):
+        spectra.values[:] = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    (one,) = dsire.estimates(fitted, [new.of_models(torch.tensor([0]))], predictor, 0.9)
+    assert all(one.holds(size) for size in SIZES)
+
+
+def test_recipes_that_share_micro_datasets_are_no_new_ones(tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "loras"
+    rows = ["file_name,label,name,recipe"]
+    for recipe in ("one", "two"):
+        for name in ("cat", "dog"):
+            for size in (1, 2):
+                file = f"{recipe}-{name}-{size}.safetensors"
+                write_model(folder / file, (f"{recipe}{name}", size))
+                rows.append(f"{file},{size},{name},{recipe}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    outcome = run("--dataset", folder, "--predict", folder / "one-cat-1.safetensors", "--leave_out=recipe")
+    assert outcome.code == 0, outcome.err
+    assert "note: the recipes share micro-datasets" in outcome.out
