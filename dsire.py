@@ -580,7 +580,7 @@ class LogRidge:
         candidates: the training sizes in rising order, int64 [sizes].
         answers: log n of the new models, float64 [new].
         held_out: log n of each training model, fitted without its unit, float64 [models].
-        turns: log n of the new models, fitted without each unit in turn, float64 [new, units].
+        turns: log n of the new models, fitted without what is left out at each turn, float64 [new, turns].
         deviation: the standard deviation of what `held_out` errs by.
     """
 
@@ -604,7 +604,8 @@ class LogRidge:
         for these, models that are left out are like new ones.
 
         Args:
-            units: what is left out at a time, int64 [models]; by default micro-datasets, or models if there is but one.
+            units: what is left out in turn (`turns_of`), int64 [models]; by default micro-datasets, or models if there
+                is but one.
         """
         x, z = log_features(train, new)
         y, candidates = train.sizes.double().log(), train.sizes.unique()
@@ -612,17 +613,17 @@ class LogRidge:
         groups = groups if len(groups.unique()) > 1 else torch.arange(len(y))
         if len(y) == 1:
             return cls(candidates, y.expand(len(z)), y, y.expand(len(z), 1), 1.0)
-        folds = [(groups == group).nonzero().flatten() for group in groups.unique()]
+        at, out = turns_of(train, groups)
+        folds = [(mask.nonzero().flatten(), at[mask] == turn) for turn, mask in enumerate(out)]
         kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
         found = left_out_ridge(kernel, cross, y, folds)
         if train.of_recipe.any():
             among, between = recipe_distances(x, z, train, new)
             local = left_out_ridge((1 + kernel) / (1 + among / 8**2), (1 + cross) / (1 + between / 8**2), y, folds)
             trust = [between.amin(1), torch.empty_like(y), torch.empty(len(z), len(folds), dtype=y.dtype)]
-            for number, fold in enumerate(folds):
-                rest = torch.isin(torch.arange(len(y)), fold, invert=True)
-                trust[1][fold] = among[fold][:, rest].amin(1)
-                trust[2][:, number] = between[:, rest].amin(1)
+            for turn, rest in enumerate(~out):
+                trust[1][at == turn] = among[at == turn][:, rest].amin(1)
+                trust[2][:, turn] = between[:, rest].amin(1)
             weights = [1 / (1 + nearest / 5**2) for nearest in trust]
             found = [its + t * (other - its) for its, other, t in zip(found, local, weights, strict=True)]
         answers, held_out, turns = found
@@ -649,7 +650,31 @@ def log_features(train: Spectra, test: Spectra) -> tuple[Tensor, Tensor]:
     return (x - mean) * scale, (z - mean) * scale
 
 
-def left_out_ridge(kernel: Tensor, cross: Tensor, y: Tensor, folds: list[Tensor]) -> list[Tensor]:
+class Turns(NamedTuple):
+    """The turn at which each model is judged, int64 [models], and what is left out at each, bool [turns, models]."""
+
+    at: Tensor
+    out: Tensor
+
+
+def turns_of(fitted: Spectra, units: Tensor) -> Turns:
+    """Turns at which a unit of models is left out, and with it all models of a micro-dataset that is judged then.
+
+    A recipe is left out together with what other recipes have of the same images: a new file's images are in none. Only
+    where that would leave no model is the unit left out alone.
+
+    Args:
+        units: the unit of each model, such as `micro_datasets` or `of_recipe`, int64 [models].
+    """
+    pairs, at = torch.stack([units, fitted.micro_datasets], dim=1).unique(dim=0, return_inverse=True)
+    of_unit = pairs[:, :1] == units
+    out = of_unit | (pairs[:, 1:] == fitted.micro_datasets)
+    nothing_left = out.all(1)
+    out[nothing_left] = of_unit[nothing_left]
+    return Turns(at, out)
+
+
+def left_out_ridge(kernel: Tensor, cross: Tensor, y: Tensor, folds: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """A ridge regression on y with an intercept, and what it would say with each fold left out, in closed form.
 
     With the hat matrix H (fitted values H y) and a fold f, the models of f are missed by (I - H_ff)^-1 (y - H y)_f when
@@ -659,7 +684,7 @@ def left_out_ridge(kernel: Tensor, cross: Tensor, y: Tensor, folds: list[Tensor]
     Args:
         kernel: of the models, [models, models].
         cross: theirs with new ones, [new, models].
-        folds: the numbers of the models that are left out at a time.
+        folds: the numbers of the models that are left out at a time, and a mask of those of them that are judged then.
 
     Returns:
         The answers for new models, [new]; for each model without its fold, [models]; for new models without each fold,
@@ -671,20 +696,22 @@ def left_out_ridge(kernel: Tensor, cross: Tensor, y: Tensor, folds: list[Tensor]
     values, vectors = torch.linalg.eigh(kernel - of_model - of_model[:, None] + of_model.mean())
     values = values.clamp_min(0)
 
-    def missed_by(penalty: float) -> Tensor:
+    def missed_by(penalty: float) -> tuple[Tensor, list[Tensor]]:
+        """By what each model is missed when it is judged, and the models of each fold."""
         hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / len(y)
-        residuals, errors = y - hat @ y, torch.empty_like(y)
-        for fold in folds:
+        residuals, errors, of_folds = y - hat @ y, torch.empty_like(y), []
+        for fold, judged in folds:
             rest = torch.eye(len(fold), dtype=y.dtype) - hat[fold][:, fold]
-            errors[fold] = torch.linalg.solve(rest, residuals[fold])
-        return errors
+            of_folds.append(torch.linalg.solve(rest, residuals[fold]))
+            errors[fold[judged]] = of_folds[-1][judged]
+        return errors, of_folds
 
-    _, penalty = min((float(missed_by(penalty).square().mean()), penalty) for penalty in PENALTIES)
-    errors = missed_by(penalty)
+    _, penalty = min((float(missed_by(penalty)[0].square().mean()), penalty) for penalty in PENALTIES)
+    errors, of_folds = missed_by(penalty)
     weights = (cross @ vectors / (values + penalty)) @ vectors.T + 1 / len(y)  # H for new models
     answers = weights @ y
-    turns = torch.stack([answers - weights[:, fold] @ errors[fold] for fold in folds], dim=1)
-    return [answers, y - errors, turns]
+    turns = [answers - weights[:, fold] @ missed for (fold, _), missed in zip(folds, of_folds, strict=True)]
+    return [answers, y - errors, torch.stack(turns, dim=1)]
 
 
 def recipe_distances(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[Tensor, Tensor]:
@@ -887,13 +914,15 @@ class LeftOut:
         held_out: the prediction of each labelled model, by a fit without its unit.
         true: how well its true size conforms to that, float64 [models].
         candidates: sizes that a new model may have, int64 [sizes].
-        turns: how well each of them conforms for each new model, by each fit: float64 [units, new, sizes].
+        turns: how well each of them conforms for each new model, by each fit: float64 [turns, new, sizes].
+        at: at which of the turns each labelled model was left out, int64 [models].
     """
 
     held_out: Prediction
     true: Tensor
     candidates: Tensor
     turns: Tensor
+    at: Tensor
 
 
 def beside(fitted: Spectra, new: Spectra) -> tuple[Spectra, Split]:
@@ -905,13 +934,14 @@ def beside(fitted: Spectra, new: Spectra) -> tuple[Spectra, Split]:
 
 
 def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor, units: Tensor) -> tuple[Prediction, LeftOut]:
-    """The predictor's answers for new models, fitted on all labelled ones; and with each unit left out in turn.
+    """The predictor's answers for new models, fitted on all labelled ones, and with units left out by `turns_of`.
 
     A size conforms by its share of the votes, or, for a regression, by how near its logarithm is to the answer.
 
     Args:
         units: the unit of each labelled model, 0 to K - 1, int64 [models]; K is at least 2.
     """
+    at, out = turns_of(fitted, units)
     if predictor in (log_ridge, log_regression):
         fit = LogRidge.fit(fitted, new, units)
         answer, held_out, sizes = fit.prediction(fit.answers), fit.prediction(fit.held_out), fit.candidates
@@ -920,29 +950,30 @@ def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor, units: Tensor
             low, high = math.log(max(1, int(sizes[0]) / 4)), math.log(4 * int(sizes[-1]))
             sizes = torch.linspace(low, high, 2000, dtype=torch.float64).exp().round().long().unique()
         turns = -(sizes.double().log() - fit.turns.T[..., None]).abs()
-        return answer, LeftOut(held_out, -(fitted.sizes.double().log() - fit.held_out).abs(), sizes, turns)
+        return answer, LeftOut(held_out, -(fitted.sizes.double().log() - fit.held_out).abs(), sizes, turns, at)
     both, every = beside(fitted, new)
     models, others = len(every.train), len(every.test)
-    runs = [split_by(units != unit) for unit in range(int(units.max()) + 1)]
+    runs = [split_by(~mask) for mask in out]
     asked = [Split(run.train, torch.cat([run.test, every.test])) for run in runs]
     answer, *predictions = predictor(both, [every, *asked])
     sizes = answer.candidates
     shares, answers = torch.zeros(models, len(sizes), dtype=torch.float64), torch.zeros(models, dtype=torch.int64)
     turns = shares.new_zeros(len(runs), others, len(sizes))
-    for run, prediction, turn in zip(runs, predictions, turns, strict=True):
+    for number, (run, prediction, turn) in enumerate(zip(runs, predictions, turns, strict=True)):
         known = torch.isin(sizes, prediction.candidates)  # a size may be in one unit only
-        shares[run.test[:, None], known.nonzero().T] = prediction.shares[:-others]
+        judged = at[run.test] == number
+        shares[run.test[judged, None], known.nonzero().T] = prediction.shares[:-others][judged]
         turn[:, known] = prediction.shares[-others:]
-        answers[run.test] = prediction.sizes[:-others]
+        answers[run.test[judged]] = prediction.sizes[:-others][judged]
     true = shares.gather(1, torch.searchsorted(sizes, fitted.sizes)[:, None]).flatten()
-    return answer, LeftOut(Prediction(answers, sizes, shares), true, sizes, turns)
+    return answer, LeftOut(Prediction(answers, sizes, shares), true, sizes, turns, at)
 
 
 def conformal_p(sizes: Tensor, units: Tensor, left_out: LeftOut) -> Tensor:
     """The conformal p-value of each candidate size for each new model, float64 [new, candidates].
 
-    Cross-conformal (Vovk 2015) over units as what is exchangeable (Lee, Barber and Willett 2023): micro-datasets, or
-    recipes that share none. And label-conditional: a size n is compared with the left-out models of size n alone (of
+    Cross-conformal (Vovk 2015) over units as what is exchangeable (Lee, Barber and Willett 2023): micro-datasets or
+    recipes. And label-conditional: a size n is compared with the left-out models of size n alone (of
     the nearest labelled size, for an n that is none). With s_i how well the true size of model i conforms when its unit
     k is left out, s_k(n) how well n conforms for the new model at that turn, and K_n the number of units that have a
     model of size n,
@@ -960,7 +991,7 @@ def conformal_p(sizes: Tensor, units: Tensor, left_out: LeftOut) -> Tensor:
     for number, size in enumerate(labelled):
         models, columns = (sizes == size).nonzero().flatten(), compared_with == number
         _, its_unit, models_of_unit = units[models].unique(return_inverse=True, return_counts=True)
-        strange = left_out.true[models, None, None] <= left_out.turns[:, :, columns][units[models]] + 1e-9
+        strange = left_out.true[models, None, None] <= left_out.turns[:, :, columns][left_out.at[models]] + 1e-9
         weights = (1 / models_of_unit.double())[its_unit]
         p[:, columns] = (1 + torch.einsum("m,mnc->nc", weights, strange.double())) / (len(models_of_unit) + 1)
     return p
@@ -1016,9 +1047,9 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
     far = torch.zeros(len(known), 1 + len(kinds), dtype=torch.float64)
     compared = torch.zeros(len(known), dtype=torch.bool)
     turns = []
-    for unit in units.unique():
-        rest = units != unit
-        out = ~rest & torch.isin(groups, groups[rest])  # else there is nothing to compare it with
+    at, left_out = turns_of(fitted, units)
+    for turn, rest in enumerate(~left_out):
+        out = (at == turn) & torch.isin(groups, groups[rest])  # else there is nothing to compare it with
         if not out.any():
             continue
         columns, near = distances_to_groups(known[rest], groups[rest], torch.cat([known[out], asked]), kinds)
@@ -4002,8 +4033,6 @@ def predict(
     if by_recipe and len(units.unique()) == 1:
         raise DsireError("--leave_out=recipe needs models of two recipes: a column `recipe` says which is which")
     notes = notes + what_can_be_supported(fitted.sizes, units, arguments.confidence, unit)
-    if by_recipe and len(torch.stack([fitted.micro_datasets, units], 1).unique(dim=0)) > fitted.count:
-        notes.append("the recipes share micro-datasets: sets may be too narrow for files of any other")
     alike: dict[tuple[Any, ...], list[Spectra]] = {}  # files with the same layers are judged together
     width = fitted.values.shape[-1]
     judged: dict[str, tuple[Estimate, Spectra, Spectra]] = {}

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
-from lora_writers import write_model
 
 import dsire
 
@@ -49,7 +46,7 @@ def test_the_p_value_of_a_size_in_exact_fractions() -> None:
     true = torch.tensor([1 / 4, 1 / 4, 1 / 2, 3 / 4, 3 / 4, 0], dtype=torch.float64)
     turns = torch.tensor([[[1 / 2, 1 / 2]], [[1 / 4, 3 / 4]], [[3 / 4, 1 / 4]]], dtype=torch.float64)
     none = dsire.Prediction(sizes, torch.tensor([1, 2]), torch.zeros(6, 2))
-    p = dsire.conformal_p(sizes, units, dsire.LeftOut(none, true, torch.tensor([1, 2]), turns))
+    p = dsire.conformal_p(sizes, units, dsire.LeftOut(none, true, torch.tensor([1, 2]), turns, units))
     assert p.tolist() == [[pytest.approx(float(Fraction(5, 6))), pytest.approx(float(Fraction(3, 4)))]]
 
 
@@ -59,7 +56,7 @@ def test_a_size_that_is_not_labelled_is_compared_with_the_nearest_one_that_is() 
     true = torch.tensor([-1.0, 0, -1, 0], dtype=torch.float64)  # those of size 1 conform badly, those of 16 perfectly
     candidates = torch.tensor([3, 5])
     none = dsire.Prediction(sizes, torch.tensor([1, 16]), torch.zeros(4, 2))
-    left_out = dsire.LeftOut(none, true, candidates, torch.full((2, 1, 2), -0.5, dtype=torch.float64))
+    left_out = dsire.LeftOut(none, true, candidates, torch.full((2, 1, 2), -0.5, dtype=torch.float64), units)
     assert dsire.conformal_p(sizes, units, left_out).tolist() == [[1, pytest.approx(1 / 3)]]
 
 
@@ -250,16 +247,58 @@ def test_where_nothing_is_known_no_set_leaves_a_size_out_by_rounding(predictor: 
     assert all(one.holds(size) for size in SIZES)
 
 
-def test_recipes_that_share_micro_datasets_are_no_new_ones(tmp_path: Path, run: Run) -> None:
-    folder = tmp_path / "loras"
-    rows = ["file_name,label,name,recipe"]
-    for recipe in ("one", "two"):
-        for name in ("cat", "dog"):
-            for size in (1, 2):
-                file = f"{recipe}-{name}-{size}.safetensors"
-                write_model(folder / file, (f"{recipe}{name}", size))
-                rows.append(f"{file},{size},{name},{recipe}")
-    (folder / "metadata.csv").write_text("\n".join(rows))
-    outcome = run("--dataset", folder, "--predict", folder / "one-cat-1.safetensors", "--leave_out=recipe")
-    assert outcome.code == 0, outcome.err
-    assert "note: the recipes share micro-datasets" in outcome.out
+def shared() -> tuple[dsire.Spectra, dsire.Spectra]:
+    """Three recipes of the same four micro-datasets, and new models."""
+    parts = [made_up(4, seed=number, factor=1.5**number, recipe=f"recipe {number}") for number in range(3)]
+    return together(*parts), made_up(2, seed=9, factor=1.5**3)
+
+
+def test_a_recipe_is_left_out_with_what_others_have_of_the_same_images() -> None:
+    """Of 36 models in order of recipe, micro-dataset and size, model 4 is the first recipe's of micro-dataset 1."""
+    fitted, _ = shared()
+    at, out = dsire.turns_of(fitted, fitted.of_recipe)
+    expected = {*range(12), *range(12 + 3, 12 + 6), *range(24 + 3, 24 + 6)}
+    assert set(out[at[4]].nonzero().flatten().tolist()) == expected
+    assert (at == at[4]).nonzero().flatten().tolist() == [3, 4, 5]
+    one = dsire.turns_of(fitted, fitted.micro_datasets)  # a micro-dataset of all recipes
+    assert torch.equal(one.out, torch.arange(4)[:, None] == fitted.micro_datasets)
+    alone = dsire.turns_of(dsire.replace(fitted, names=[0] * 36), fitted.of_recipe)  # else no model would be left
+    assert torch.equal(alone.out, torch.arange(3)[:, None] == fitted.of_recipe)
+
+
+@pytest.mark.parametrize("predictor", ["dsire", "log-ridge"])
+def test_what_is_said_with_recipes_left_out_is_what_a_new_fit_says(predictor: str) -> None:
+    """For the vote by a fit of its own at each turn; for the ridge by its equations, with the same kernel."""
+    fitted, new = shared()
+    _, left_out = dsire.leave_out(fitted, new, dsire.PREDICTORS[predictor], fitted.of_recipe)
+    at, out = dsire.turns_of(fitted, fitted.of_recipe)
+    assert torch.equal(left_out.at, at)
+    if predictor == "dsire":
+        both = dsire.join_shards([fitted, dsire.replace(new, recipes=["new"] * 6)], ["a", "b"])
+        for turn, mask in enumerate(out):
+            judged = (at == turn).nonzero().flatten()
+            asked = torch.cat([judged, torch.arange(36, 42)])
+            (found,) = dsire.dsire(both, [dsire.Split((~mask).nonzero().flatten(), asked)])
+            assert torch.equal(left_out.held_out.sizes[judged], found.sizes[: len(judged)])
+            assert torch.equal(left_out.turns[turn], found.shares[len(judged) :])
+        return
+    x, z = dsire.log_features(fitted, new)
+    kernel, cross, y = x @ x.T / x.shape[1], z @ x.T / x.shape[1], fitted.sizes.double().log()
+    folds = [(mask.nonzero().flatten(), at[mask] == turn) for turn, mask in enumerate(out)]
+    _, held_out, turns = dsire.left_out_ridge(kernel, cross, y, folds)
+
+    def refitted(penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+        own, others = torch.zeros_like(y), torch.zeros_like(turns)
+        for turn, mask in enumerate(out):
+            rest = (~mask).nonzero().flatten()
+            border = torch.ones(len(rest), 1, dtype=torch.float64)
+            ridge = kernel[rest][:, rest] + penalty * torch.eye(len(rest), dtype=torch.float64)
+            system = torch.cat([torch.cat([ridge, border], 1), torch.cat([border.T, torch.zeros(1, 1)], 1)])
+            *weights, intercept = torch.linalg.solve(system, torch.cat([y[rest], torch.zeros(1)]))
+            known, asked = (side[:, rest] @ torch.stack(weights) + intercept for side in (kernel, cross))
+            own[at == turn], others[:, turn] = known[at == turn], asked
+        return own, others
+
+    best = min(dsire.PENALTIES, key=lambda penalty: float((refitted(penalty)[0] - y).square().mean()))
+    for its, expected in zip((held_out, turns), refitted(best), strict=True):
+        torch.testing.assert_close(its, expected, rtol=0, atol=1e-7)
