@@ -2308,6 +2308,10 @@ class Base:
     files: list[Path]
     layers: dict[str, tuple[Weights, str]]
 
+    def is_of(self, path: Path) -> bool:
+        """Whether a file is one of the base's, by whatever name or link."""
+        return os.path.realpath(path) in map(os.path.realpath, self.files)
+
     def weights(self, layer: str) -> tuple[Tensor, torch.dtype]:
         """W₀ of a layer, float64 [out, in], and the type that it is stored in."""
         weights, key = self.layers[layer]
@@ -2702,8 +2706,8 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
     Where safetensors lie in a folder, pickles beside them (an optimizer's state, or the same weights) are left out.
     Given a base, models that were fine-tuned from it are found, too, and the base's own files are left out.
     """
-    of_base = {os.path.realpath(file) for file in base.files} if base else set()
-    visible = [path for path in visible_files(folder, WEIGHT_ENDINGS) if os.path.realpath(path) not in of_base]
+    every = visible_files(folder, WEIGHT_ENDINGS)
+    visible = [path for path in every if not (base and base.is_of(path))]
     found = {next((part for part in parts_of(path) if part.is_file()), path) for path in visible}
     pickles = {path for path in found if path.suffix.lower() in PICKLE_ENDINGS}
     loras = {path for path in found - pickles if not holds_no_lora(path, base)}
@@ -2716,7 +2720,7 @@ def weight_files(folder: Path, base: Base | None = None) -> tuple[list[Path], li
         notes.append(f"{hold} no LoRA, such as {shown(others[0])}")
         if not loras and base is None:
             notes.append("full models are judged with --base")
-    if of_base & {os.path.realpath(path) for path in visible_files(folder, WEIGHT_ENDINGS)}:
+    if len(visible) < len(every):
         notes.append(f"the base itself, in {folder}, is left out")
     return sorted(loras), notes
 
@@ -2793,11 +2797,10 @@ def folder_source(folder: Path, subset: str | None, base: Base | None = None) ->
             lists = [file for file in visible_files(folder, [".csv"]) if file.name == "metadata.csv"]
             notes += [f"{shown(file)} is not read: it does not lie in {folder} itself" for file in lists[:1]]
         else:
-            of_base = {file.absolute() for file in (base.files if base else [])}
-            if both := of_base & {*files}:
-                raise DsireError(f"--base is one of the labelled models: {shown(both.pop())} is in metadata.csv")
-            listed = {*files, *of_base}
-            unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & listed]
+            if base and (both := [file for file in files if base.is_of(file)]):
+                raise DsireError(f"--base is one of the labelled models: {shown(both[0])} is in metadata.csv")
+            unlisted = [file for file in loras if not {file.absolute(), parts_of(file.absolute())[0]} & {*files}]
+            unlisted = [file for file in unlisted if not (base and base.is_of(file))]
             if unlisted:
                 such = shown(unlisted[0].relative_to(folder).as_posix())
                 notes.append(f"left out, as not in metadata.csv: {counted(len(unlisted), 'file')}, such as {such}")

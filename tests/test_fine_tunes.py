@@ -733,6 +733,17 @@ def test_a_base_in_the_labelled_folder_is_left_out(rows: bool, base: Path, run: 
     assert run("--dataset", folder, "--base", inside, "--predict", folder).code == 0
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_base_that_is_labelled_is_refused(link: bool, base: Path, run: Run) -> None:
+    """By its own name, or by a link to it."""
+    folder = label(base.with_name("labelled"), "full", base)
+    labelled = next(folder.glob("*.safetensors"))
+    given = base.with_name("link.safetensors") if link else labelled
+    if link:
+        given.symlink_to(labelled)
+    run("--dataset", folder, "--base", given, "--train_size=3").says("--base", labelled.name, "metadata.csv")
+
+
 def test_full_models_without_a_base_are_refused_with_advice(base: Path, run: Run) -> None:
     folder = label(base.with_name("labelled"), "full", base)
     assert run("--dataset", folder).says("a1.safetensors", "full checkpoint", "--base")
