@@ -466,6 +466,11 @@ def majority(votes: Votes) -> Prediction:
     return Prediction(candidates[first.argmin(-1)], candidates, counts.double() / len(named))
 
 
+def average(votes: Votes) -> Prediction:
+    """The training size nearest to the mean of those that the voters name (Table 5, average vote)."""
+    return replace(majority(votes), sizes=nearest_size(votes.named.double().mean(0), votes.candidates))
+
+
 def nearest_size(answers: Tensor, candidates: Tensor) -> Tensor:
     """The candidate nearest to each answer, the smaller one of two: int64, of the answers' shape."""
     return candidates[(answers[..., None] - candidates).abs().argmin(-1)]
@@ -477,11 +482,8 @@ def dsire(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
 
 
 def dsire_average(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
-    """The same voters, but the training size nearest to the mean of those that they name (Table 5, average vote)."""
-    return [
-        replace(majority(votes), sizes=nearest_size(votes.named.double().mean(0), votes.candidates))
-        for votes in votes_of(spectra, splits)
-    ]
+    """The same voters, but the average of what they name."""
+    return [average(votes) for votes in votes_of(spectra, splits)]
 
 
 def frobenius(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
@@ -767,7 +769,7 @@ def spread_within(x: Tensor, groups: Tensor) -> Tensor:
     the spread within groups is a fifth of that of all.
     """
     members = torch.nn.functional.one_hot(groups).double()
-    residuals = x - (members.T @ x / members.sum(0)[:, None].clamp_min(1))[groups]
+    residuals = x - (members.T @ x / members.sum(0)[:, None])[groups]
     of_all, degrees = x - x.mean(0), len(x) - len(groups.unique())
     before = of_all.T @ of_all / max(1, len(x) - 1) / 5**2
     covariance = (residuals.T @ residuals + 4 * before) / (degrees + 4)
@@ -1472,15 +1474,22 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
     from tqdm import tqdm
 
     runs = splits(spectra.micro_datasets, protocol)
-    with one_thread_each(), tqdm(total=len(PREDICTORS) + 4, unit="predictor", disable=None) as progress:
+    with one_thread_each(), tqdm(total=len(PREDICTORS) + 2, unit="predictor", disable=None) as progress:
 
         def done(found: T) -> T:
             progress.update()
             return found
 
-        found = {name: done(predictor(spectra, runs)) for name, predictor in PREDICTORS.items()}
-        for matrix in spectra.kinds if len(spectra.kinds) > 1 else []:
-            found[f"dsire {matrix}"] = dsire(spectra.of_matrices([matrix]), runs)
+        votes, fits = done(votes_of(spectra, runs)), done(log_ridge(spectra, runs))
+        found = {
+            "dsire": [*map(majority, votes)],
+            "dsire-average": [*map(average, votes)],
+            "log-ridge": fits,
+            "log-regression": [*map(unrounded, fits)],
+        }
+        found = {name: found.get(name) or done(predictor(spectra, runs)) for name, predictor in PREDICTORS.items()}
+        for matrix, its in spectra.kinds.items() if len(spectra.kinds) > 1 else []:
+            found[f"dsire {matrix}"] = [majority(Votes(named[its], sizes)) for named, sizes in votes]
         tables = {
             "compare": {name: judge(spectra, runs, its) for name, its in found.items()},
             "by_train_size": by_train_size(spectra, dsire, protocol),
@@ -1488,8 +1497,7 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
             "unseen_sizes": unseen_sizes(spectra, runs),
         }
         hits = [
-            (votes.named == spectra.sizes[run.test]).double().mean(1)
-            for votes, run in zip(votes_of(spectra, runs), runs, strict=True)
+            (named == spectra.sizes[run.test]).double().mean(1) for (named, _), run in zip(votes, runs, strict=True)
         ]
         sure = {name: done(how_sure_by_size(spectra, runs, PREDICTORS[name])) for name in ("dsire", "log-ridge")}
         unlabelled = done(flagged_if_unlabelled(spectra, runs))
