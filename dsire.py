@@ -719,8 +719,8 @@ def left_out_ridge(kernel: Tensor, cross: Tensor, y: Tensor, folds: list[tuple[T
 def recipe_distances(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[Tensor, Tensor]:
     """How far models are from training models in what recipes change, in squares of the spread within recipe and size.
 
-    That is four numbers: their `mean_log_norms`, and the first two principal components of the features' means by
-    recipe and size.
+    That is four numbers: the `mean_over_layers` of their `log_norms`, and the first two principal components of the
+    features' means by recipe and size.
 
     Args:
         x: features of the training models, [models, features].
@@ -729,17 +729,15 @@ def recipe_distances(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tupl
     Returns:
         Squared Mahalanobis distances [models, models] and [new, models].
     """
-    groups = train.groups
-    members = torch.nn.functional.one_hot(groups).double()
-    means = members.T @ x / members.sum(0)[:, None]
+    means, _ = means_by_group(x, train.groups)
     components = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[:2].T
     known, asked = (
-        torch.cat([features @ components, mean_log_norms(spectra)], dim=1)
+        torch.cat([features @ components, mean_over_layers(log_norms(spectra), spectra.kinds)], dim=1)
         for features, spectra in ((x, train), (z, new))
     )
     scale = known.std(0).clamp_min(1e-6)  # less is rounding
     known, asked = known / scale, asked / scale
-    inverse = torch.linalg.inv(spread_within(known, groups))
+    inverse = torch.linalg.inv(spread_within(known, train.groups))
 
     def apart(place: Tensor) -> Tensor:
         differences = place[:, None] - known
@@ -756,10 +754,16 @@ def log_norms(spectra: Spectra) -> Tensor:
     return (largest.log() + norms.log()).T
 
 
-def mean_log_norms(spectra: Spectra) -> Tensor:
-    """Their means over the layers, of A and of B (of BA too, or alone, where those do not vote): [models, 2 or 1]."""
-    norms = log_norms(spectra)
-    return torch.stack([norms[:, kind].mean(1) for kind in [*spectra.kinds.values()][:2]], dim=1)
+def mean_over_layers(norms: Tensor, kinds: dict[str, Tensor]) -> Tensor:
+    """The means of log norms of A and of B (of BA too, or alone, where those do not vote): [models, 2 or 1]."""
+    return torch.stack([norms[:, kind].mean(1) for kind in [*kinds.values()][:2]], dim=1)
+
+
+def means_by_group(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The means of x [models, p] in groups 0, 1, ...: [groups, p], and how many models each has: [groups, 1]."""
+    members = torch.nn.functional.one_hot(groups).double()
+    count = members.sum(0)[:, None]
+    return members.T @ x / count, count
 
 
 def spread_within(x: Tensor, groups: Tensor) -> Tensor:
@@ -768,8 +772,7 @@ def spread_within(x: Tensor, groups: Tensor) -> Tensor:
     Where groups are as good as single models nothing is known of it. So as much as four models say is said beforehand:
     the spread within groups is a fifth of that of all.
     """
-    members = torch.nn.functional.one_hot(groups).double()
-    residuals = x - (members.T @ x / members.sum(0)[:, None])[groups]
+    residuals = x - means_by_group(x, groups)[0][groups]
     of_all, degrees = x - x.mean(0), len(x) - len(groups.unique())
     before = of_all.T @ of_all / max(1, len(x) - 1) / 5**2
     covariance = (residuals.T @ residuals + 4 * before) / (degrees + 4)
@@ -1044,8 +1047,7 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
         units: what is left out at a time, int64 [models].
     """
     known, asked = log_norms(fitted), log_norms(new)
-    groups = fitted.groups
-    kinds = [*fitted.kinds.values()]
+    groups, kinds = fitted.groups, fitted.kinds
     far = torch.zeros(len(known), 1 + len(kinds), dtype=torch.float64)
     compared = torch.zeros(len(known), dtype=torch.bool)
     turns = []
@@ -1071,7 +1073,9 @@ def check_recipe(fitted: Spectra, new: Spectra, units: Tensor) -> Check:
     return Check(p, torch.stack([(groups == group).nonzero()[0, 0] for group in near]), int(compared.sum()))
 
 
-def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
+def distances_to_groups(
+    known: Tensor, groups: Tensor, asked: Tensor, kinds: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """How far models are from the nearest group, in squares of its spread, and which group that is.
 
     The first column is the Mahalanobis distance of the means over layers of the log norms of A and B, with one
@@ -1082,23 +1086,21 @@ def distances_to_groups(known: Tensor, groups: Tensor, asked: Tensor, kinds: lis
         known: log norms of the models of the groups, float64 [models, voters].
         groups: the group of each, int64 [models].
         asked: log norms of other models, [asked, voters].
-        kinds: masks of the voters of A, B and BA, bool [voters].
+        kinds: `Spectra.kinds` of the voters.
 
     Returns:
         Squared distances [asked, 1 + kinds], all above zero, and the nearest group, int64 [asked].
     """
     numbers, of_group = groups.unique(return_inverse=True)
-    members = torch.nn.functional.one_hot(of_group, len(numbers)).double()
-    count, degrees = members.sum(0)[:, None], max(1, len(known) - len(numbers))
-    x, z = (torch.stack([side[:, kind].mean(1) for kind in kinds[:2]], dim=1) for side in (known, asked))
-    means = members.T @ x / count
-    apart, inverse = z[:, None] - means, torch.linalg.inv(spread_within(x, of_group))
-    of_means, near = torch.einsum("ngi,ij,ngj->ng", apart, inverse, apart).min(1)
-    means = members.T @ known / count
+    x, z = (mean_over_layers(side, kinds) for side in (known, asked))
+    apart = z[:, None] - means_by_group(x, of_group)[0]
+    of_means, near = torch.einsum("ngi,ij,ngj->ng", apart, torch.linalg.inv(spread_within(x, of_group)), apart).min(1)
+    means, count = means_by_group(known, of_group)
     residuals = (known - means[of_group]).square()
-    variance = (members.T @ residuals + 2 * residuals.sum(0) / degrees) / (count + 1)
+    pooled = residuals.sum(0) / max(1, len(known) - len(numbers))
+    variance = (count * means_by_group(residuals, of_group)[0] + 2 * pooled) / (count + 1)
     scores = (asked - means[near]).square() / variance[near].clamp_min(1e-12)  # less is rounding
-    columns = torch.stack([of_means, *(scores[:, kind].mean(1) for kind in kinds)], dim=1)
+    columns = torch.stack([of_means, *(scores[:, kind].mean(1) for kind in kinds.values())], dim=1)
     return columns.clamp_min(1e-3), numbers[near]
 
 
@@ -1240,13 +1242,14 @@ def what_can_be_supported(sizes: Tensor, units: Tensor, confidence: float, unit:
     return [f"{most}, so every set holds such sizes: label {needed} or more for {percent(confidence)}"]
 
 
-SD_OF_WIDTH = {768: "SD 1.5", 1024: "SD 2", 2048: "SDXL"}  # of the text that cross-attention looks at
+# LoRA-WiSE's subsets by the width of the text that cross-attention looks at, and the rank
 SUBSETS_THAT_FIT = {
     (768, 8): "low_8",
     (768, 16): "low_16 medium_16",
     (768, 32): "low_32 medium_32 high_32",
     (1024, 32): "medium_32_2",
 }
+SD_OF_WIDTH = {768: " (SD 1.5)", 1024: " (SD 2)", 2048: " (SDXL)"}
 
 
 def matched(file: Spectra, fitted: Spectra) -> Spectra:
@@ -1257,49 +1260,43 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
     Raises:
         DsireError: no layer fits; the message names layers of both, what the file states, and a subset that would fit.
     """
-    common = [layer for layer, shape in fitted.shapes.items() if same_shape(file.shapes.get(layer, []), shape)]
-    lacking = fitted.shapes.keys() - file.shapes.keys()
-    unknown = file.shapes.keys() - fitted.shapes.keys()
-    notes = list(file.notes)
-    if other_shape := sorted(fitted.shapes.keys() - lacking - set(common)):
-        one = other_shape[0]
+    of_both = fitted.shapes.keys() & file.shapes.keys()
+    common = {layer for layer in of_both if same_shape(file.shapes[layer], fitted.shapes[layer])}
+    notes, first = list(file.notes), list(file.first)
+    if unlike := sorted(of_both - common):
+        shapes = f"{file.shapes[unlike[0]]}, not {fitted.shapes[unlike[0]]}"
         notes.append(
-            f"{len(other_shape)} layers have other shapes [out, in, rank] than the labelled models', such as {one}: "
-            f"{file.shapes[one]}, not {fitted.shapes[one]}"
+            f"{len(unlike)} layers have other shapes [out, in, rank] than the labelled models', such as {unlike[0]}: "
+            + shapes
         )
-    if lacking:
-        notes.append(
-            f"{len(lacking)} of the {len(fitted.shapes)} fitted layers are not in the file, such as {three_of(lacking)}"
-        )
-    if unknown:
-        notes.append(
-            f"{len(unknown)} layers of the file are unknown to the labelled models, such as {three_of(unknown)}"
-        )
+    for layers, what in (
+        (fitted.shapes.keys() - of_both, f"of the {len(fitted.shapes)} fitted layers are not in the file"),
+        (file.shapes.keys() - of_both, "layers of the file are unknown to the labelled models"),
+    ):
+        if layers:
+            notes.append(f"{len(layers)} {what}, such as {three_of(layers)}")
     if not common:
         here, there = kind_of_model(file.shapes), kind_of_model(fitted.shapes)
-        fits = [SUBSETS_THAT_FIT.get(kind) for kind in kinds_of_sd(file.shapes) - kinds_of_sd(fitted.shapes)]
-        subsets = f"use --subset with one of: {' '.join(filter(None, fits))}"
-        advice = subsets if any(fits) else "label models of its own kind (README, Your own LoRA)"
+        other = kinds_of_sd(file.shapes) - kinds_of_sd(fitted.shapes)
+        fits = " ".join(SUBSETS_THAT_FIT[kind] for kind in other & SUBSETS_THAT_FIT.keys())
+        advice = f"use --subset with one of: {fits}" if fits else "label models of its own kind (README, Your own LoRA)"
         kinds = f"; it has {here}, they have {there}" if here != there else ""
-        raise DsireError(
-            f"{file.names[0]} has no layer in common with the labelled models{kinds}: {advice}; " + "; ".join(notes)
-        )
-    kept, known, first = set(common), set(file.voters), list(file.first)
-    voters = [voter for voter in fitted.voters if voter.layer in kept and voter in known]
+        why = "; ".join([f"no layer in common with the labelled models{kinds}: {advice}", *notes])
+        raise DsireError(f"{file.names[0]} has {why}")
+    known = {*file.voters}
+    voters = [voter for voter in fitted.voters if voter.layer in common and voter in known]
+    shared, rank = file.of_voters(voters), fitted.values.shape[-1]
+    methods = f"it is a {file.method}, and each labelled model a {fitted.method}"
     if not voters:
         base = "" if "BA" in file.kinds else "; for the change of its weights, give the model it began as with --base"
-        here, there = " ".join(file.kinds), " ".join(fitted.kinds)
-        raise DsireError(
-            f"{file.names[0]} is a {file.method} with {here}, each labelled model a {fitted.method} with {there}{base}"
-        )
-    shared, rank = file.of_voters(voters), fitted.values.shape[-1]
+        kinds = f"it has {' '.join(file.kinds)}, they have {' '.join(fitted.kinds)}"
+        raise DsireError(f"{file.names[0]} has no matrix in common with the labelled models: {methods}; {kinds}{base}")
     if file.method not in fitted.method.split(" or "):
         rank = min(rank, file.values.shape[-1])
-        methods = f"it is a {file.method}, and each labelled model a {fitted.method}"
         first.append(f"another method: {methods}; compared by {' '.join(shared.kinds)}")
     if 2 * len(common) < len(fitted.shapes):
-        layers = f"{len(common)} of the {len(fitted.shapes)} fitted layers"
-        first.append(f"only {layers} are in the file with the same shape")
+        share = f"{len(common)} of the {len(fitted.shapes)} fitted layers"
+        first.append(f"only {share} are in the file with the same shape")
     return replace(shared, values=of_rank(shared.values, rank), notes=notes, first=first)
 
 
@@ -1321,13 +1318,10 @@ def kinds_of_sd(shapes: dict[str, list[int]]) -> set[tuple[int, int]]:
 
 def kind_of_model(shapes: dict[str, list[int]]) -> str:
     """What a set of layers looks like, for messages: layers, ranks, and the width of the cross-attention."""
-    ranks = " ".join(str(rank) for rank in sorted({shape[2] for shape in shapes.values() if len(shape) > 2}))
-    widths = sorted({shape[1] for layer, shape in shapes.items() if layer.endswith("attn2_to_k")})
-    names = [f"{width}" + (f" ({SD_OF_WIDTH[width]})" if width in SD_OF_WIDTH else "") for width in widths]
-    of_rank = f" of rank {ranks}" if ranks else ""
-    return f"{counted(len(shapes), 'layer')}{of_rank}" + (
-        f", cross-attention width {', '.join(names)}" if names else ""
-    )
+    ranks = " ".join(map(str, sorted({shape[2] for shape in shapes.values() if len(shape) > 2})))
+    widths = ", ".join(f"{width}{SD_OF_WIDTH.get(width, '')}" for width in sorted({w for w, _ in kinds_of_sd(shapes)}))
+    of_rank, of_width = f" of rank {ranks}" if ranks else "", f", cross-attention width {widths}" if widths else ""
+    return f"{counted(len(shapes), 'layer')}{of_rank}{of_width}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
