@@ -1799,9 +1799,9 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
 
 def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "") -> Spectra:
-    """The spectra of all models in one parquet shard, one pair of columns at a time; `classes` is `Shard.classes`.
+    """The spectra of all models in one parquet shard, one layer at a time; `classes` is `Shard.classes`.
 
-    A shard is one row group, so a pair of columns is a ready batch of equal shapes, and whole rows are never held.
+    The columns of a layer are ready batches of equal shapes, so that whole rows are never held.
 
     Raises:
         DsireError: the file can't be read, or a column doesn't fit; the message names it.
@@ -1816,68 +1816,55 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
             labels = file.read([name for name in LABELS if name in columns])
         sizes, names, recipes = model_labels(labels, path.name, classes)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
-        layers, others, _ = lora_layers(columns, path.name)
-        if unlike := next((pair for pair in layers.values() if "A" not in pair), None):
+        pairs, others, _ = lora_layers(columns, path.name)
+        if unlike := next((pair for pair in pairs.values() if "A" not in pair), None):
             of_what = f"is of a {method_of(unlike)}, which is read from files only: put the models into a folder"
             raise in_column(path.name, next(iter(unlike.values())), of_what)
 
-        def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
+        def layer_of(pair: dict[str, str]) -> Layer:
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
                 return pair_spectra(own, pair, rank, device, models, path.name)
 
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        largest = max(8 * its.column(i).num_values for its in groups for i in range(its.num_columns))
+        largest = 8 * max(sum(its.column(i).num_values for its in groups) for i in range(metadata.num_columns))
         at_once = max(1, BYTES_AT_ONCE // (2 * largest))
-        spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
+        layers = dict(zip(pairs, in_parallel(layer_of, list(pairs.values()), at_once), strict=True))
     notes = []
     if unused := sorted(set(others) - {*LABELS}):
         notes.append(f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}")
-    if any("magnitude" in pair for pair in layers.values()):
+    if any("magnitude" in pair for pair in pairs.values()):
         notes.append(MAGNITUDES)
-    # of DoRA, BA is not the change of the weights
-    order = voters_of({layer: [*pair, *["BA"] * ("magnitude" not in pair)] for layer, pair in layers.items()})
-    values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
-    shapes = {layer: shape for layer, (_, shape) in spectra.items()}
-    return Spectra(
-        values, sizes, names, order, shapes, notes, recipes, method=methods_of(map(method_of, layers.values()))
-    )
+    return as_spectra(layers, sizes=sizes, names=names, notes=notes, recipes=recipes)
 
 
-def pair_spectra(
-    file: Any, pair: dict[str, str], rank: int, device: str, models: list[str], shard: str
-) -> tuple[Tensor, list[int]]:
-    """The spectra of one layer in an open parquet file, [3, models, r], and its shape [out, in, rank].
+def pair_spectra(file: Any, pair: dict[str, str], rank: int, device: str, models: list[str], shard: str) -> Layer:
+    """One layer of all models in an open parquet file; `models` and `shard` are what a message calls them."""
+    columns = {part: name for part, name in pair.items() if part != "magnitude"}
+    table = file.read([*columns.values()], use_threads=False)
+    flat = {part: matrix_values(table.column(name), name, rank, shard) for part, name in columns.items()}
+    a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
+    if "mid" in flat:
+        if flat["mid"].shape[1] % rank**2:
+            raise in_column(shard, pair["mid"], f"has {flat['mid'].shape[1]} numbers a row, not r x r x k")
+        a = with_middle(a, flat["mid"].view(len(table), rank, rank, -1))
+    try:
+        spectra = dict(zip(MATRICES, batch_spectra(a, b, device), strict=True))
+        if "alpha" in flat:
+            spectra["BA"] *= flat["alpha"].abs() / rank
+        if not all(its.isfinite().all() for its in spectra.values()):
+            raise FloatingPointError
+    except FloatingPointError:
+        raise DsireError(f"{shard}: {what_is_not_finite(flat, columns, models)}") from None
+    voting = (*pair, *["BA"] * ("magnitude" not in pair))  # of DoRA, BA is not the change of the weights
+    spectra = {part: spectra[part] for part in voting if part in spectra}
+    return Layer([b.shape[1], a.shape[2], rank], spectra, {}, method_of(pair))
 
-    `models` and `shard` are what the file's models, and the file, are called in a message.
-    """
-    found: list[Tensor] = []
-    lengths: dict[str, int] = {}
-    pair = {matrix: name for matrix, name in pair.items() if matrix != "magnitude"}
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=list(pair.values()), use_threads=False)
-        if not len(table):
-            continue
-        flat = {matrix: matrix_values(table.column(name), name, rank, shard) for matrix, name in pair.items()}
-        for matrix, name in pair.items():
-            here = flat[matrix].shape[1]
-            if (first := lengths.setdefault(matrix, here)) != here:
-                raise in_column(shard, name, f"has rows of {first} and of {here} numbers; all must be alike")
-        a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
-        if "mid" in flat:  # as in lora_matrices
-            if lengths["mid"] % rank**2:
-                raise in_column(shard, pair["mid"], f"has {lengths['mid']} numbers a row, not r x r x k")
-            a = torch.einsum("nijk,njm->nimk", flat["mid"].view(len(table), rank, rank, -1), a).flatten(2)
-        try:
-            spectra = batch_spectra(a, b, device)
-            if "alpha" in flat:
-                spectra[2] *= flat["alpha"].abs() / rank
-            if not spectra.isfinite().all():
-                raise FloatingPointError
-            found.append(spectra)
-        except FloatingPointError:
-            its_models = models[sum(its.shape[1] for its in found) :]
-            raise DsireError(f"{shard}: {what_is_not_finite(flat, pair, its_models)}") from None
-    return torch.cat(found, dim=1), [b.shape[1], a.shape[2], rank]
+
+def with_middle(a: Tensor, middle: Tensor) -> Tensor:
+    """LoCon's or Tucker's middle matrix [..., r, r, k] made part of A [..., r, in]: [..., r, in k]."""
+    if middle.shape[-2] != a.shape[-2]:  # einsum would repeat a single row
+        raise RuntimeError(f"a middle matrix of rank {middle.shape[-2]}, A of rank {a.shape[-2]}")
+    return torch.einsum("...ijk,...jm->...imk", middle, a).flatten(-2)
 
 
 def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: list[str]) -> str:
@@ -1892,15 +1879,35 @@ def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: li
 MAGNITUDES = "DoRA: the magnitude vectors are set aside, only A and B are judged"
 
 
-def voters_of(layers: Mapping[str, Iterable[str]]) -> list[Voter]:
-    """The voters in the order in which a tie is broken: A and B as the layers' parts stand, then the changes BA."""
-    voters = [Voter(layer, part) for layer, parts in layers.items() for part in parts if part in MATRICES]
-    return sorted(voters, key=lambda voter: voter.matrix == "BA")
+class Layer(NamedTuple):
+    """What is found of a layer: [out, in, rank] or [out, in]; matrix -> spectrum; and facts to be added up and said.
+
+    A spectrum is [r], or [models, r] of a shard; A and B stand in the order of the file's keys, and BA is the last.
+    """
+
+    shape: list[int]
+    spectra: dict[str, Tensor]
+    facts: Mapping[str, float]
+    method: str = ""  # with what else makes spectra unlike: LoHa's rank, the type that a full model is stored in
+    init: str = ""  # how A and B began, if BA is not the change of the weights then
 
 
-def methods_of(layers: Iterable[str]) -> str:
-    """What a model with layers of these methods is."""
-    return " and ".join(sorted(set(layers)))
+def as_spectra(layers: Mapping[str, Layer], **about: Any) -> Spectra:
+    """The layers of a shard, or of a file; `about` is what else `Spectra` is told.
+
+    A tie is broken in the order of the voters: A and B as they stand in the layers, then the changes BA.
+    """
+    voters = [Voter(layer, matrix) for layer, its in layers.items() for matrix in its.spectra]
+    voters.sort(key=lambda voter: voter.matrix == "BA")
+    rows = [layers[voter.layer].spectra[voter.matrix] for voter in voters]
+    width = max(row.shape[-1] for row in rows)
+    return Spectra(
+        values=torch.stack([of_rank(row, width) for row in rows]).view(len(rows), -1, width),
+        voters=voters,
+        shapes={layer: its.shape for layer, its in layers.items()},
+        method=" and ".join(sorted({its.method for its in layers.values()})),
+        **about,
+    )
 
 
 def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
@@ -2214,7 +2221,8 @@ def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -
     """A tensor of floating point numbers as float64.
 
     Raises:
-        DsireError: it is of another kind, empty, or has fewer dimensions, or less memory behind it than its shape says.
+        DsireError: it is of another kind, empty, not finite, or has fewer dimensions, or less memory behind it than
+            its shape says.
     """
     plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
     number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
@@ -2224,9 +2232,12 @@ def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -
         kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape) if plain else 'unknown'}"
         raise DsireError(f"{file}: {shown(key)} is {kind}, not a plain matrix of floating point numbers")
     try:
-        return tensor.to(torch.float64)
+        matrix = tensor.to(torch.float64)
     except (NotImplementedError, RuntimeError) as error:
         raise DsireError(f"{file}: {shown(key)} is {tensor.dtype}, which torch can't convert") from error
+    if not matrix.isfinite().all():
+        raise DsireError(f"{file}: {shown(key)} holds a number that is NaN or infinite")
+    return matrix
 
 
 def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
@@ -2242,8 +2253,8 @@ def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
     file, (own, place) = weights.path.name, settings_of(pair, weights.settings)
     if "alpha" in pair:
         alpha = weights.matrix(pair["alpha"], least_dimensions=0)
-        if alpha.numel() != 1 or not alpha.isfinite().all():
-            raise DsireError(f"{file}: {shown(pair['alpha'])} is not one finite number")
+        if alpha.numel() != 1:
+            raise DsireError(f"{file}: {shown(pair['alpha'])} is not one number")
         return float(alpha.reshape(())) / rank if rank else 1.0
     if "lora_alpha" not in own:
         return 1.0
@@ -2262,26 +2273,25 @@ def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
 
 
 def lora_matrices(weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] of a LoRA layer, float64.
-
-    A convolution's A [r, in, k, k] is taken as [r, in k k]. LoCon's middle matrix [r, r, k, k] is made part of A.
-
-    Raises:
-        DsireError: matrices that do not fit each other, or not of floating point numbers.
-    """
-    a, b, file = weights.matrix(pair["A"]), weights.matrix(pair["B"]), weights.path.name
+    """`factors` A [r, in] and B [out, r] of a LoRA layer, float64."""
+    a, b = weights.matrix(pair["A"]), weights.matrix(pair["B"])
     if pair["A"].endswith(".lora_a") and a.ndim == 2 and a.shape[0] > a.shape[1]:
         a, b = a.mT, b.mT  # MLX has A as [in, r] and B as [r, out]
-    rank = a.shape[0]
-    if "mid" in pair:
-        middle = weights.matrix(pair["mid"])
-        if middle.shape[1] != rank or a[0, 0].numel() != 1:
-            raise DsireError(f"{file}: {shown(pair['mid'])} {list(middle.shape)} does not fit {list(a.shape)}")
-        a, rank = torch.einsum("ij...,jm->im...", middle, a.flatten(1)), middle.shape[0]
-    if b.flatten(1).shape[1] != rank:
-        of_b = f"{shown(pair['B'])} has shape {list(b.shape)}"
-        raise DsireError(f"{file}: {shown(pair['A'])} has rank {rank}, but {of_b}")
-    return a.flatten(1), b.flatten(1)
+    return factors(a, b, weights.matrix(pair["mid"]) if "mid" in pair else None)
+
+
+def factors(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A [r, in k k] and B [out, r] of linear layers or convolutions; a middle matrix [r, r, k, k] is made part of A.
+
+    Raises:
+        RuntimeError: they do not fit each other.
+    """
+    if core is not None:
+        a = with_middle(a.reshape(a.shape[:2]), core.reshape(*core.shape[:2], -1))
+    a, b = a.flatten(1), b.flatten(1)
+    if len(a) != b.shape[1]:
+        raise RuntimeError(f"A of rank {len(a)}, B of rank {b.shape[1]}")
+    return a, b
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2289,24 +2299,6 @@ def lora_matrices(weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tenso
 
 LARGEST = 32  # singular values of a change that are kept, unless --rank says how many
 FOREIGN = 0.7  # of the norm of the base's weights: what has changed by more was never fine-tuned from them
-
-
-class Layer(NamedTuple):
-    """What is found of a layer: [out, in, rank] or [out, in]; matrix -> spectrum; and facts to be added up and said."""
-
-    shape: list[int]
-    spectra: dict[str, Tensor]
-    facts: Mapping[str, float]
-    method: str = ""  # with what else makes spectra unlike: LoHa's rank, the type that a full model is stored in
-    init: str = ""  # how A and B began, if BA is not the change of the weights then
-
-
-def finite_weights(stored: Tensor, key: str, file: str) -> Tensor:
-    """W of a layer, float64 [out, in]; of a convolution, [out, in k k]; refused if it is not finite."""
-    matrix = as_float64(stored, key, file).flatten(1)
-    if not matrix.isfinite().all():
-        raise DsireError(f"{file}: {shown(key)} holds a NaN or an infinity")
-    return matrix
 
 
 @dataclass(frozen=True)
@@ -2324,7 +2316,7 @@ class Base:
         """W₀ of a layer, float64 [out, in], and the type that it is stored in."""
         weights, key = self.layers[layer]
         stored = weights.tensor(key)
-        return finite_weights(stored, key, "the base"), stored.dtype
+        return as_float64(stored, key, weights.path.name).flatten(1), stored.dtype
 
     @property
     def identity(self) -> str:
@@ -2391,7 +2383,7 @@ def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, d
         return Layer([], {}, {})
     if layer not in base.layers:
         return Layer([], {}, {"lacking": 1})
-    new, old, old_type = finite_weights(stored, key, weights.path.name), *base.weights(layer)
+    new, old, old_type = as_float64(stored, key, weights.path.name).flatten(1), *base.weights(layer)
     if new.shape != old.shape:
         return Layer([], {}, {"other shape": 1})
     change = new - old
@@ -2425,16 +2417,14 @@ def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tens
 
 
 def two_factors(parts: dict[str, Tensor], name: str, core: str) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in k k] of one of the matrices that LoHa and LoKr multiply; of Tucker's form, too."""
-    b, a = parts[f"{name}_a"], parts[f"{name}_b"]
-    if core in parts:
-        return b.mT, torch.einsum("ij...,jm->im...", parts[core], a).flatten(1)
-    return b.flatten(1), a.flatten(1)
+    """`factors` of one of the matrices that LoHa and LoKr multiply; in Tucker's form B is [r, out]."""
+    b = parts[f"{name}_a"]
+    return factors(parts[f"{name}_b"], b.mT if core in parts else b, parts.get(core))
 
 
 def loha_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor]:
     """The shape [out, in] and spectrum of LoHa's change (B1 A1) ∘ (B2 A2), which is one product of rank r r."""
-    (b1, a1), (b2, a2) = (two_factors(parts, f"hada_w{number}", f"hada_t{number}") for number in (1, 2))
+    (a1, b1), (a2, b2) = (two_factors(parts, f"hada_w{number}", f"hada_t{number}") for number in (1, 2))
     b, a = (b1[:, :, None] * b2[:, None]).flatten(1), (a1[:, None] * a2).flatten(0, 1)
     return [len(b), a.shape[1]], product_spectrum(b, a, count)
 
@@ -2447,7 +2437,7 @@ def lokr_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor
             matrix = parts[f"lokr_w{number}"].flatten(1)
             out, into, its = *matrix.shape, matrix_spectrum(matrix, min(matrix.shape))
         else:
-            b, a = two_factors(parts, f"lokr_w{number}", f"lokr_t{number}")
+            a, b = two_factors(parts, f"lokr_w{number}", f"lokr_t{number}")
             out, into, its = len(b), a.shape[1], product_spectrum(b, a, len(a))
         shape = [shape[0] * out, shape[1] * into]
         spectrum = (spectrum[:, None] * its).flatten().sort(descending=True).values
@@ -2524,8 +2514,8 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
                 raise FloatingPointError
             return found
         except FloatingPointError:
-            keys = ", ".join(map(shown, pair.values()))
-            raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
+            keys = " and ".join(map(shown, pair.values()))
+            raise DsireError(f"{path.name}: {keys} hold numbers too large to multiply") from None
 
     at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
     layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
@@ -2541,18 +2531,12 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
         notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
     changed = {layer: its for layer, its in found.items() if "weight" not in pairs[layer] or not its.facts["unchanged"]}
     named = {f"{layer} ({its.init})" if its.init else layer: its for layer, its in (changed or found).items()}
-    voters = voters_of({layer: its.spectra for layer, its in named.items()})
-    rows = [named[voter.layer].spectra[voter.matrix] for voter in voters]
-    width = max(map(len, rows))
-    return Spectra(
-        values=torch.stack([of_rank(row, width) for row in rows])[:, None],
+    return as_spectra(
+        named,
         sizes=torch.tensor([stated[0] if stated else 0]),
         names=[str(path)],
-        voters=voters,
-        shapes={layer: its.shape for layer, its in named.items()},
         notes=notes,
         recipes=stated_recipe(weights.header),
-        method=methods_of(its.method for its in named.values()),
         first=[UNTRAINED] if untrained else [],
     )
 
