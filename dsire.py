@@ -1647,22 +1647,18 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[K
         lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B, or another part,"
         raise DsireError(f"{file}: {shown(lone[0])} has no partner: the layer's {lacking} is missing")
     of_lora = [key for key in others if len(key) <= LONGEST_KEY and re.search(r"(?i)lora(?!.*bias$)", key)]
-    if not layers:
-        what = f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight)"
-        if of_lora:  # it is not left out as something else
-            raise DsireError(f"{what}: the layout of {shown(of_lora[0])} is not known here")
-        full = "a full checkpoint, not a LoRA: give the model that it was fine-tuned from with --base"
-        raise NoLora(f"{what}: it is {full if others else 'empty'}")
-    if unknown := [key for key in of_lora if ".lora_" in key]:  # what comes next: it may stand between A and B
+    if unknown := [key for key in of_lora if ".lora_" in key or not layers]:
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
+    if not layers:
+        full = "a full checkpoint, not a LoRA: give the model that it was fine-tuned from with --base"
+        what = f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight)"
+        raise NoLora(f"{what}: it is {full if others else 'empty'}")
     return layers, others, lone
 
 
 def method_of(parts: Iterable[str]) -> str:
-    """What a layer with such parts is of: "LoRA", "DoRA", "LoHa", "LoKr", "full fine-tune"; "" if one is missing."""
+    """What a layer with such parts is of: "LoRA", "DoRA", "LoHa" or "LoKr"; "" if a part is missing."""
     has = set(parts)
-    if "weight" in has:
-        return "full fine-tune"
     if {"A", "B"} <= has:
         return "DoRA" if "magnitude" in has else "LoRA"
     if {f"hada_w{number}_{side}" for number in (1, 2) for side in "ab"} <= has:
@@ -2141,13 +2137,12 @@ def lora_settings(path: Path, header: dict[str, str]) -> Settings:
     Raises:
         DsireError: they can't be read, contradict each other, or say that BA is not the change of the weights.
     """
-    single = {key: parsed(text) for key, text in sorted(header.items()) if key.rpartition(".")[2] in HEADER_ENTRIES}
-    single = {key: value for key, value in single.items() if value is not None}
-    place, config, alpha = f"the header of {path}", single, None
-    said = {HEADER_ENTRIES[key.rpartition(".")[2]] for key in single}
-    if "lora_adapter_metadata" in header or "lora_alpha" not in said:
+    entries = {key: parsed(text) for key, text in sorted(header.items()) if key.rpartition(".")[2] in HEADER_ENTRIES}
+    place, config = f"the header of {path}", {key: value for key, value in entries.items() if value is not None}
+    default = {}
+    if "lora_adapter_metadata" in header or not any(key.endswith("alpha") for key in config):
         place, config = peft_config(path, header)
-        alpha = 8  # PEFT's default
+        default = {"lora_alpha": 8}  # PEFT's
     settings: Settings = {}
     for name, value in config.items():
         network, _, key = name.rpartition(".")
@@ -2159,12 +2154,7 @@ def lora_settings(path: Path, header: dict[str, str]) -> Settings:
         own = settings.setdefault(in_network(f"{network}.")[0] if network else ANY_NETWORK, {})
         if own.setdefault(key, value) != value and key in OF_SCALE:
             raise DsireError(f"{path.name}: {place} says that {key} is {shown(own[key])}, and {shown(value)}")
-    for own in settings.values():
-        if alpha:
-            own.setdefault("lora_alpha", alpha)
-        if not isinstance(own.get("use_rslora"), (bool, type(None))):
-            raise DsireError(f"{path.name}: {place}: use_rslora is {shown(repr(own['use_rslora']))}, not true or false")
-    return settings
+    return {network: {**default, **own} for network, own in settings.items()}
 
 
 def peft_config(path: Path, header: dict[str, str]) -> tuple[str, dict[str, Any]]:
@@ -2189,32 +2179,33 @@ def peft_config(path: Path, header: dict[str, str]) -> tuple[str, dict[str, Any]
     return place, config
 
 
-def settings_of(pair: dict[str, str], settings: Settings) -> tuple[dict[str, Any], str]:
-    """What is said of the network that a layer with these keys is part of, and the layer's path in that network."""
+def settings_of(weights: Weights, pair: dict[str, str]) -> dict[str, Any]:
+    """What is said of a layer with these keys: of its network, and by PEFT's patterns that its path matches.
+
+    Raises:
+        DsireError: a pattern is none, is not safe to match, or stands beside names that it can't be matched with.
+    """
     match = MATRIX_KEY.fullmatch(next(iter(pair.values())))
     assert match is not None
     network, path = in_network(match["layer"])
-    own = {**settings.get(ANY_NETWORK, {}), **settings.get(network, {})}
-    if match["layer"].startswith(("lora_", "lycoris_")) and (own.get("alpha_pattern") or own.get("rank_pattern")):
-        raise DsireError(f"the patterns of its LoRA settings can't be matched to names such as {shown(match['layer'])}")
-    return own, path
-
-
-def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) -> Any:
-    """What PEFT's rank_pattern or alpha_pattern says of a layer; refused if it is not safe to match."""
-    patterns = settings.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise DsireError(f"{field} is {shown(repr(patterns))}, not an object of patterns")
-    for pattern, value in patterns.items():
-        # repetitions within or after each other can take for ever to match
-        if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
-            raise DsireError(f"{field} {shown(pattern)} repeats too much to be matched safely; write it out")
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", path):
-                return value
-        except (re.error, OverflowError) as error:
-            raise DsireError(f"{field} {shown(pattern)} is no regular expression ({shown(error)})") from error
-    return default
+    own = {**weights.settings.get(ANY_NETWORK, {}), **weights.settings.get(network, {})}
+    if "alpha" in pair:  # it goes before what is said of it elsewhere
+        return own
+    for name, its in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        said, patterns = f"{weights.path.name}: its LoRA settings: {its}", own.get(its) or {}
+        if not isinstance(patterns, dict):
+            raise DsireError(f"{said} is {shown(repr(patterns))}, not an object of patterns")
+        if patterns and match["layer"].startswith(("lora_", "lycoris_")):
+            raise DsireError(f"{said}: patterns can't be matched to names such as {shown(match['layer'])}")
+        for pattern, value in reversed(patterns.items()):  # the first that matches counts
+            # repetitions within or after each other can take for ever to match
+            if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+                raise DsireError(f"{said}: {shown(pattern)} repeats too much to be matched safely; write it out")
+            try:
+                own |= {name: value} if re.fullmatch(rf"(.*\.)?({pattern})", path) else {}
+            except (re.error, OverflowError) as error:
+                raise DsireError(f"{said}: {shown(pattern)} is no regular expression ({shown(error)})") from error
+    return own
 
 
 def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
@@ -2240,36 +2231,37 @@ def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -
     return matrix
 
 
-def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
+def scale_of(weights: Weights, pair: dict[str, str], settings: dict[str, Any], rank: int | None) -> float:
     """What the product of a layer's matrices is multiplied by: alpha / r, or alpha / sqrt(r) for rslora; 1 if unstated.
 
     Args:
+        settings: what `settings_of` says of the layer.
         rank: r of the layer, from the shape of A; None for a LoKr of two whole matrices, which has none (LyCORIS then
             ignores alpha, and only the settings say r).
 
     Raises:
         DsireError: an alpha is no number, or the settings contradict the matrices.
     """
-    file, (own, place) = weights.path.name, settings_of(pair, weights.settings)
     if "alpha" in pair:
         alpha = weights.matrix(pair["alpha"], least_dimensions=0)
         if alpha.numel() != 1:
-            raise DsireError(f"{file}: {shown(pair['alpha'])} is not one number")
+            raise DsireError(f"{weights.path.name}: {shown(pair['alpha'])} is not one number")
         return float(alpha.reshape(())) / rank if rank else 1.0
-    if "lora_alpha" not in own:
+    if "lora_alpha" not in settings:
         return 1.0
-    try:
-        r = by_pattern(own, "rank_pattern", place, own.get("r"))
-        rank = r if rank is None else rank
-        if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
-            raise DsireError(f"r is {shown(repr(r))}, but {shown(place)} has rank {rank}")
-        alpha, scale = by_pattern(own, "alpha_pattern", place, own["lora_alpha"]), own.get("scale", 1)
-        for name, number in (("lora_alpha", alpha), ("scale", scale)):
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
-                raise DsireError(f"{name} is {shown(repr(number))}, not a number")
-    except DsireError as error:
-        raise DsireError(f"{file}: its LoRA settings: {error}") from error
-    return float(alpha) * float(scale) / (rank**0.5 if own.get("use_rslora") else rank)
+    said, r, rslora = f"{weights.path.name}: its LoRA settings:", settings.get("r"), settings.get("use_rslora")
+    rank = r if rank is None else rank
+    if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
+        raise DsireError(f"{said} r is {shown(repr(r))}, but {shown(next(iter(pair.values())))} has rank {rank}")
+    if not isinstance(rslora, (bool, type(None))):
+        raise DsireError(f"{said} use_rslora is {shown(repr(rslora))}, not true or false")
+    scale = 1.0
+    for name in ("lora_alpha", "scale"):
+        number = settings.get(name, 1)
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
+            raise DsireError(f"{said} {name} is {shown(repr(number))}, not a number")
+        scale *= number
+    return scale / (rank**0.5 if rslora else rank)
 
 
 def lora_matrices(weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tensor]:
@@ -2450,12 +2442,12 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
     Facts: whether alpha is not stated ("unscaled") or "zero", and whether the change is zero ("unchanged").
     """
     method, keys, file = method_of(pair), ", ".join(map(shown, pair.values())), weights.path.name
-    settings, _ = settings_of(pair, weights.settings)
+    settings = settings_of(weights, pair)
     spectra: dict[str, Tensor] = {}
     try:
         if "A" in pair:
             a, b = lora_matrices(weights, pair)
-            scale, shape = scale_of(weights, pair, len(a)), [len(b), a.shape[1], len(a)]
+            scale, shape = scale_of(weights, pair, settings, len(a)), [len(b), a.shape[1], len(a)]
             of_a, of_b, unscaled = lora_spectra(a, b)
             spectra = {part: of_a if part == "A" else of_b for part in pair if part in ("A", "B")}
         else:
@@ -2463,7 +2455,7 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
                 raise DsireError(f"{file}: {keys} are a {method} with DoRA's magnitudes{MERGE_IT}")
             parts = {part: weights.matrix(key) for part, key in pair.items() if part != "alpha"}
             rank = max((len(matrix) for part, matrix in parts.items() if part.endswith("_b")), default=None)
-            scale = scale_of(weights, pair, rank)
+            scale = scale_of(weights, pair, settings, rank)
             shape, unscaled = (loha_change if method == "LoHa" else lokr_change)(parts, count)
             method += f" of rank {rank}" if rank else ""
         if method != "DoRA":
