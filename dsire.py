@@ -1828,9 +1828,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
     notes = []
     if unused := sorted(set(others) - {*LABELS}):
         notes.append(f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}")
-    if any("magnitude" in pair for pair in pairs.values()):
-        notes.append(MAGNITUDES)
-    return as_spectra(layers, sizes=sizes, names=names, notes=notes, recipes=recipes)
+    return as_spectra(layers, sizes=sizes, names=names, notes=notes + about_layers(layers), recipes=recipes)
 
 
 def pair_spectra(file: Any, pair: dict[str, str], rank: int, device: str, models: list[str], shard: str) -> Layer:
@@ -1853,7 +1851,7 @@ def pair_spectra(file: Any, pair: dict[str, str], rank: int, device: str, models
         raise DsireError(f"{shard}: {what_is_not_finite(flat, columns, models)}") from None
     voting = (*pair, *["BA"] * ("magnitude" not in pair))  # of DoRA, BA is not the change of the weights
     spectra = {part: spectra[part] for part in voting if part in spectra}
-    return Layer([b.shape[1], a.shape[2], rank], spectra, {}, method_of(pair))
+    return Layer([b.shape[1], a.shape[2], rank], spectra, {"magnitude": "magnitude" in pair}, method_of(pair))
 
 
 def with_middle(a: Tensor, middle: Tensor) -> Tensor:
@@ -1872,11 +1870,18 @@ def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: li
     return f"columns {' and '.join(map(shown, pair.values()))} hold numbers too large to multiply"
 
 
-MAGNITUDES = "DoRA: the magnitude vectors are set aside, only A and B are judged"
+# What is said of layers of which it is true
+FACTS = {
+    "lacking": "layers that are not in the base are left out",
+    "other shape": "layers that have another shape in the base are left out",
+    "magnitude": "DoRA: the magnitude vectors are set aside, only A and B are judged",
+    "unstated": "the file does not state alpha: BA is taken with scale 1",
+    "zero": "alpha is 0: BA counts as zero",
+}
 
 
 class Layer(NamedTuple):
-    """What is found of a layer: [out, in, rank] or [out, in]; matrix -> spectrum; and facts to be added up and said.
+    """What is found of a layer: [out, in, rank] or [out, in]; matrix -> spectrum; and facts, to be said or added up.
 
     A spectrum is [r], or [models, r] of a shard; A and B stand in the order of the file's keys, and BA is the last.
     """
@@ -2367,8 +2372,8 @@ def model_layers(keys: list[str], path: Path, base: Base | None) -> tuple[Keys, 
 def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, device: str) -> Layer:
     """The change W - W₀ of a layer of a full fine-tune.
 
-    Facts: whether it is "lacking" in the base, has "other shape" or is "unchanged" or "foreign"; and the squared norms
-    of the "change", and of that part of it that may be "rounding": it is no more than the last digit that is stored.
+    Facts beside FACTS: whether it is "unchanged" or "foreign"; and the squared norms of the "change", and of that part
+    of it that may be "rounding": it is no more than the last digit that is stored.
     """
     stored = weights.tensor(key)
     if stored.ndim < 2 or not stored.is_floating_point():  # a norm, or numbers that are no weights
@@ -2437,10 +2442,7 @@ def lokr_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor
 
 
 def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base | None, count: int) -> Layer:
-    """The spectra of a layer of LoRA, DoRA, LoHa or LoKr.
-
-    Facts: whether alpha is not stated ("unscaled") or "zero", and whether the change is zero ("unchanged").
-    """
+    """The spectra of a layer of LoRA, DoRA, LoHa or LoKr; of the facts, "unchanged" is that the change is zero."""
     method, keys, file = method_of(pair), ", ".join(map(shown, pair.values())), weights.path.name
     settings = settings_of(weights, pair)
     spectra: dict[str, Tensor] = {}
@@ -2469,7 +2471,12 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
     except RuntimeError as error:
         raise DsireError(f"{file}: {keys} do not fit each other ({shown(error)})") from error
     unstated = "alpha" not in pair and "lora_alpha" not in settings
-    facts = {"unscaled": unstated, "zero": scale == 0, "unchanged": not unscaled.any()}
+    facts = {
+        "magnitude": "BA" not in spectra,
+        "unstated": unstated,
+        "zero": scale == 0,
+        "unchanged": not unscaled.any(),
+    }
     init = settings.get("init_lora_weights")
     uncommon = "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
     return Layer(shape, spectra, facts, method, uncommon)
@@ -2510,61 +2517,53 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
             raise DsireError(f"{path.name}: {keys} hold numbers too large to multiply") from None
 
     at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
-    layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
+    every = zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True)
+    layers = {layer: its for layer, its in every if its.spectra or its.facts}  # no norms
     found = {layer: its for layer, its in layers.items() if its.spectra}
     if not found:
         raise DsireError(f"{path.name} has no matrix of the base's shape: {three_of(pairs)} here")
     if 2 * sum(its.facts.get("foreign", 0) for its in found.values()) > len(found):
         much = f"most of its weights differ by over {FOREIGN:.0%} of theirs"
         raise DsireError(f"{path.name} is no fine-tune of this base: {much}")
-    notes, untrained = about_layers(pairs, layers, others, lone)
-    stated = stated_size(weights.header)
-    if stated:
-        notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
-    changed = {layer: its for layer, its in found.items() if "weight" not in pairs[layer] or not its.facts["unchanged"]}
-    named = {f"{layer} ({its.init})" if its.init else layer: its for layer, its in (changed or found).items()}
-    return as_spectra(
-        named,
-        sizes=torch.tensor([stated[0] if stated else 0]),
-        names=[str(path)],
-        notes=notes,
-        recipes=stated_recipe(weights.header),
-        first=[UNTRAINED] if untrained else [],
-    )
-
-
-def about_layers(pairs: Keys, layers: dict[str, Layer], others: list[str], lone: list[str]) -> tuple[list[str], bool]:
-    """What is to be said of a file's layers, by their facts, and of its other keys; and whether nothing was trained."""
-
-    def total(fact: str) -> float:
-        return sum(layer.facts.get(fact, 0) for layer in layers.values())
-
-    judged = sum(bool(layer.spectra) for layer in layers.values())
-    unscaled, zero, unchanged = (int(total(fact)) for fact in ("unscaled", "zero", "unchanged"))
     notes = []
     if lone:
         notes.append(f"{len(lone)} tensors without a partner are left out, such as {shown(lone[0])}")
     if others:
         notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
-    for fact, what in (("lacking", "are not in the base"), ("other shape", "have another shape in the base")):
-        if some := [layer for layer, its in layers.items() if its.facts.get(fact)]:
-            notes.append(f"{len(some)} layers {what}, such as {three_of(some)}")
-    if any("magnitude" in pair and "BA" not in layers[layer].spectra for layer, pair in pairs.items()):
-        notes.append(MAGNITUDES)
-    if unscaled:
-        which = f" of {unscaled} of its {judged} layers" if unscaled < judged else ""
-        notes.append(f"the file does not state alpha{which}: BA is taken with scale 1")
-    if zero:
-        notes.append(f"alpha is 0 in {zero} of {judged} layers: their BA counts as zero")
-    if 0 < unchanged < judged:
-        left_out = ": they are left out" if any("weight" in pair for pair in pairs.values()) else ""
-        notes.append(f"the change of the weights is zero in {unchanged} of {judged} layers{left_out}")
-    if total("rounding") > total("change") / 2 > 0:
+    notes += about_layers(layers)
+    changed = {layer: its for layer, its in found.items() if not its.facts["unchanged"]}
+    full = any("weight" in pair for pair in pairs.values())
+    if 0 < len(changed) < len(found):
+        unchanged = f"{len(found) - len(changed)} of {len(found)} layers{': they are left out' if full else ''}"
+        notes.append(f"the change of the weights is zero in {unchanged}")
+    size, stated_in = stated_size(weights.header) or (0, "")
+    if size:
+        notes.append(f"states its own size: {size} images ({stated_in})")
+    voting = changed if changed and full else found
+    return as_spectra(
+        {f"{layer} ({its.init})" if its.init else layer: its for layer, its in voting.items()},
+        sizes=torch.tensor([size]),
+        names=[str(path)],
+        notes=notes,
+        recipes=stated_recipe(weights.header),
+        first=[] if changed else [UNTRAINED],
+    )
+
+
+def about_layers(layers: Mapping[str, Layer]) -> list[str]:
+    """What is to be said of a model's layers, by their facts; and of how many, where it is not said of all."""
+    notes = []
+    for fact, what in FACTS.items():
+        some = [layer for layer, its in layers.items() if its.facts.get(fact)]
+        which = f" ({len(some)} of {len(layers)} layers, such as {three_of(some)})"
+        notes += [what if len(some) == len(layers) else what + which] if some else []
+    change, rounding = (sum(its.facts.get(fact, 0) for its in layers.values()) for fact in ("change", "rounding"))
+    if rounding > change / 2 > 0:
         notes.append("most of the change of the weights is no larger than the last digit that they are stored with")
     for init in sorted({its.init for its in layers.values()} - {""}):
         unlike = "BA is not the change of the weights, only models that began so are comparable"
         notes.append(f"init_lora_weights is {init}: {unlike}")
-    return notes, unchanged == judged
+    return notes
 
 
 # kohya's entries about how a model was trained; numbers are compared as numbers
