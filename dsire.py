@@ -1511,8 +1511,9 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
 # What stands after a layer's path. LoRA-WiSE and old diffusers: .lora.down.weight and .processor.to_q_lora.down.weight;
 # XLabs: .processor.qkv_lora1.down.weight; kohya and LyCORIS: .lora_down.weight; cloneofsimo: unet:0:down;
 # PEFT: .lora_A.weight and .lora_A.<adapter>.weight; loralib: .lora_A; torchtune: .lora_a.weight; MLX: .lora_a.
+SHORT = r"(?![\s\S]{1001})"  # no layer's path is longer; to match such a key could take for ever
 MATRIX_KEY = re.compile(
-    r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?(?P<stream>[12]?)[._](?P<word>down|up|mid)(?:\.weight)?"
+    SHORT + r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?(?P<stream>[12]?)[._](?P<word>down|up|mid)(?:\.weight)?"
     r"|:(?P<numbered>down|up)"
     r"|\.lora_(?:embedding_)?(?P<letter>[ABab])(?:\.(?!weight|bias)[^.]+)?(?:\.weight)?"
     r"|\.(?P<alpha>alpha)"
@@ -1520,9 +1521,10 @@ MATRIX_KEY = re.compile(
     r"|\.(?P<factor>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.(?!weight)[^.]+)?(?:\.weight)?)"
 )
 MATRIX_OF_WORD = {"down": "A", "a": "A", "up": "B", "b": "B"}
-LONGEST_KEY = 1000  # no layer's path is longer; to match such a key could take for ever
 # A matrix of a full model; embeddings are left out, and what turns out to have one dimension (norms).
-WEIGHT_KEY = re.compile(r"(.+)(?<!embedding)(?<!embeddings)(?<!wte)(?<!wpe)(?<!\bshared)(?<!embed_tokens)[._]weight")
+WEIGHT_KEY = re.compile(
+    SHORT + r"(.+)(?<!embedding)(?<!embeddings)(?<!wte)(?<!wpe)(?<!\bshared)(?<!embed_tokens)[._]weight"
+)
 # What stands before it: wrappers, anywhere; then names of the main network, and of containers that it was saved in.
 WRAPPER = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)[._]")
 NETWORK = re.compile(
@@ -1610,10 +1612,6 @@ def ldm_in_diffusers(name: str) -> str:
     return f"{side}_blocks_{block}_{kind}_{index}_{LDM_RESNET.get(match[4], match[4])}"
 
 
-def matrix_key(key: str) -> re.Match[str] | None:
-    return MATRIX_KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None
-
-
 def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[Keys, list[str], list[str]]:
     """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; other keys; and strays.
 
@@ -1630,7 +1628,7 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[K
     for key in keys:
         if method := next((method for method, pattern in OTHER_METHODS.items() if re.search(pattern, key)), ""):
             raise DsireError(f"{file}: these are {method} weights ({shown(key)}){MERGE_IT}")
-        match = matrix_key(key)
+        match = MATRIX_KEY.fullmatch(key)
         if not match:
             others.append(key)
             continue
@@ -1646,7 +1644,7 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[K
     if len(partial) > (len(layers) if strays else 0):
         lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B, or another part,"
         raise DsireError(f"{file}: {shown(lone[0])} has no partner: the layer's {lacking} is missing")
-    of_lora = [key for key in others if len(key) <= LONGEST_KEY and re.search(r"(?i)lora(?!.*bias$)", key)]
+    of_lora = [key for key in others if re.match(SHORT + r"(?i:.*lora(?!.*bias$))", key)]
     if unknown := [key for key in of_lora if ".lora_" in key or not layers]:
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
     if not layers:
@@ -1671,7 +1669,7 @@ def weight_matrices(keys: Iterable[str], file: str, network: str = "") -> dict[s
     """Layer -> key of the weights of a full model, or of a part of one that is called `network`."""
     found: dict[str, str] = {}
     for key in keys:
-        if match := WEIGHT_KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None:
+        if match := WEIGHT_KEY.fullmatch(key):
             layer = layer_name(network + match[1])
             if layer in found:
                 raise DsireError(f"{file}: {shown(key)} is the same layer as {shown(found[layer])}")
@@ -1779,21 +1777,6 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
     return torch.tensor(sizes), found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
 
-@contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
-    """Whatever pyarrow raises about a file, in one line."""
-    try:
-        yield
-    except DsireError:
-        raise
-    except NotImplementedError as error:  # polars writes integers of 128 bits
-        raise DsireError(f"{path} holds what pyarrow can't read ({shown(error)}): write it with other types") from error
-    except Exception as error:
-        what = what_it_is(path, "GGUF or parquet") if path.is_file() else ""
-        reason = f"it is {what}" if what else shown(error)
-        raise DsireError(f"{path} is not a whole parquet file ({reason}): delete it and fetch it anew") from error
-
-
 def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "") -> Spectra:
     """The spectra of all models in one parquet shard, one layer at a time; `classes` is `Shard.classes`.
 
@@ -1804,7 +1787,7 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
     """
     import pyarrow.parquet as pq
 
-    with parquet_errors(path):
+    with reading(path, "parquet"):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata, columns = file.metadata, file.schema_arrow.names
             if not metadata.num_rows:
@@ -1967,29 +1950,56 @@ SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
 # What a file is that begins with these bytes.
 FIRST_BYTES = {
-    rb"$": "empty",
+    rb"$": "empty: delete it and fetch it anew",
     rb".{6}\x00\x00\{": "a safetensors file: let its name end in .safetensors",
     rb"PK\x03\x04|\x80[\x01-\x05]": "a pickle, or an archive: if torch.save wrote it, let its name end in .pt",
     rb"version https://git-lfs": "a Git LFS pointer, not the weights themselves: fetch those with git lfs pull",
-    rb"\s*<": "a web page, perhaps one to log in: fetch the file itself",
+    rb"\s*<": "a web page, perhaps one to log in: delete it and fetch the file itself",
     rb"\s*[{\[]\s*[\"{\[\]}\d]": "JSON, not weights",
-    rb"GGUF|PAR1": "GGUF or parquet; a LoRA is read from safetensors or a pickle",
+    rb"PAR1": "parquet; a single LoRA is read from safetensors or a pickle",
+    rb"GGUF": "GGUF; a LoRA is read from safetensors or a pickle",
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF": "a picture",
     rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ": "a compressed archive: unpack it",
-    rb"\x00{64}": "zeros from its beginning on: fetch it anew",
+    rb"\x00{64}": "zeros from its beginning on: delete it and fetch it anew",
     rb"[\t-\r\x20-\x7e]{16,}": "text, not weights",
 }
 
 
-def what_it_is(path: Path, wanted: str = "") -> str:
-    """What a file is by its first bytes, for a message; "" if they don't say it, or it is what begins as `wanted`."""
-    start = b"?"  # a file that can't be opened says nothing
-    with suppress(OSError), path.open("rb") as file:
-        start = file.read(200)
-    what = next((what for pattern, what in FIRST_BYTES.items() if re.match(pattern, start, re.DOTALL)), "")
-    if what.endswith("not weights"):
-        what += f" ({shown(' '.join(start[:80].decode(errors='replace').split()))})"
-    return "" if wanted and what.startswith(wanted) else what
+# What the errors and warnings of libraries mean that do not say it plainly.
+MEANINGS = {
+    r"GLOBAL ([\w.]+)": "holds {}, not tensors: it may be malicious and was not run",
+    r"pickle protocol (?!2\b)(\d+)": "is of pickle protocol {}, and only 2 is safe: save it with torch.save again",
+    r"Weights only()": "is damaged, or no pickle of torch's that holds tensors alone: others are not loaded",
+    r"ArrowNotImplementedError: (.*)": "holds what pyarrow can't read ({}): write it with other types",
+}
+
+
+@contextmanager
+def reading(path: Path, kind: str, said: Sequence[warnings.WarningMessage] = ()) -> Iterator[None]:
+    """Whatever a library raises about a file, in one line: what the file is by its first bytes, or what is wrong.
+
+    Args:
+        kind: what the file should be, as FIRST_BYTES says it.
+        said: the warnings before the error.
+    """
+    try:
+        yield
+    except DsireError:
+        raise
+    except Exception as error:  # bytes of any kind make libraries raise anything
+        start = b"?"  # a file that can't be opened says nothing
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(200)
+        what = next((what for pattern, what in FIRST_BYTES.items() if re.match(pattern, start, re.DOTALL)), kind)
+        if what.endswith("not weights"):
+            what += f" ({shown(' '.join(start[:80].decode(errors='replace').split()))})"
+        if not what.startswith(kind):
+            raise DsireError(f"{path} is {what}") from error
+        text = " ".join([f"{type(error).__name__}: {error}", *(str(warning.message) for warning in said)])
+        for pattern, meaning in MEANINGS.items():
+            if match := re.search(pattern, text):
+                raise DsireError(f"{path} {meaning.format(shown(match[1]))}") from error
+        raise DsireError(f"{path} can't be read as {kind} ({shown(error)}): delete it and fetch it anew") from error
 
 
 @dataclass(frozen=True)
@@ -2022,19 +2032,14 @@ def open_weights(path: Path) -> Weights:
         return Weights(path, list(tensors), tensors.__getitem__, header)
     from safetensors import SafetensorError, safe_open
 
-    unreadable = (SafetensorError, OSError, RuntimeError, ValueError)  # also a file that can't be mapped, or named
-    try:
+    with reading(path, "a safetensors file"):
         file = safe_open(path, "pt")  # mapped for as long as the function below is there
         keys, header = list(file.keys()), file.metadata() or {}
-    except unreadable as error:
-        what = what_it_is(path, "a safetensors file")
-        reason = f"is {what}" if what else f"can't be read as safetensors ({shown(error)}); fetch it anew"
-        raise DsireError(f"{path} {reason}") from error
 
     def tensor(key: str) -> Tensor:
         try:
             found: Tensor = file.get_tensor(key)
-        except unreadable as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise DsireError(f"{path}: {shown(key)} can't be read ({shown(error)})") from error
         return found
 
@@ -2055,7 +2060,7 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DsireError(f"{path} holds a {kind}, not a dictionary of tensors: nothing names the layers")
     tensors = {}
     for key, value in named_values(content, set()):
-        match = matrix_key(key)
+        match = MATRIX_KEY.fullmatch(key)
         if isinstance(value, Tensor):
             tensors[key] = value.detach()
         elif match and match["alpha"] and type(value) in (int, float):
@@ -2070,21 +2075,17 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def unpickled(path: Path) -> Any:
     """What a pickle of plain tensors holds; nothing in the file is run."""
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as parts:
-                    unpacked = sum(part.file_size for part in parts.infolist())
-                    if unpacked > 16 * path.stat().st_size:
-                        raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
-                    if damaged := parts.testzip():  # torch leaves the checksums unread
-                        raise ValueError(f"{damaged} is damaged")
-            # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
-        what = what_it_is(path, "a pickle")
-        raise DsireError(f"{path} {f'is {what}' if what else why_not_loaded(error, said)}") from error
+    with warnings.catch_warnings(record=True) as said, reading(path, "a pickle", said):
+        warnings.simplefilter("always")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                unpacked = sum(part.file_size for part in parts.infolist())
+                if unpacked > 16 * path.stat().st_size:
+                    raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
+                if damaged := parts.testzip():  # torch leaves the checksums unread
+                    raise ValueError(f"{damaged} is damaged")
+        # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
 
 
 def named_values(content: dict[Any, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -2095,17 +2096,6 @@ def named_values(content: dict[Any, Any], seen: set[int], prefix: str = "") -> I
             yield f"{prefix}{key}", value
         elif id(value) not in seen and len(prefix) < 1000:
             yield from named_values(value, seen, f"{prefix}{key}.")
-
-
-def why_not_loaded(error: Exception, said: list[warnings.WarningMessage]) -> str:
-    """Why torch did not load a pickle, in plain words, from its error and its warnings."""
-    text = " ".join(map(str, [error, *(warning.message for warning in said)]))
-    if held := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"holds {shown(held[1])}, not tensors: it may be malicious and was not run"
-    if (protocol := re.search(r"pickle protocol (\d+)", text)) and protocol[1] != "2":
-        return f"is of pickle protocol {protocol[1]}, and only 2 can be read safely: save it with torch.save again"
-    reason = "it is damaged, or no pickle of torch's" if text.startswith("Weights only") else shown(error)
-    return f"can't be read as plain tensors ({reason}); pickles that hold more are not loaded"
 
 
 # Fields of PEFT's LoraConfig (the last line: of ms-swift's) that leave B A the change of the weights, up to the scale.
@@ -2670,7 +2660,7 @@ def holds_no_lora(path: Path, base: Base | None = None) -> bool:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
-            with parquet_errors(path):
+            with reading(path, "parquet"):
                 lora_layers(pq.read_schema(path).names, path.name)
             return False
         weights = open_model(path)
