@@ -1696,7 +1696,7 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
 
     kinds = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    length, nulls = 1, 0
+    nulls = 0
     shape: list[int] = []  # several numbers where the column's type tells the shape of the matrix
     while isinstance(values, pa.ExtensionArray) or isinstance(values.type, kinds):
         if isinstance(values, pa.ExtensionArray):
@@ -1706,16 +1706,16 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
         nulls += values.null_count
         bounds = pc.min_max(pc.list_value_length(values)).as_py()
         if bounds["min"] != bounds["max"]:
-            few, many = length * bounds["min"], length * bounds["max"]
-            raise in_column(file, name, f"has rows of {few} and of {many} numbers; all must be alike")
+            raise in_column(file, name, f"has lists of {bounds['min']} and of {bounds['max']}; all must be alike")
         shape.append(bounds["max"] or 0)
-        length, values = length * shape[-1], values.flatten()
+        values = values.flatten()
     alpha = name.endswith(".alpha")  # also a whole number, and not in a list
     real = pa.types.is_floating(values.type) or (alpha and pa.types.is_integer(values.type))
     if not real or not (alpha or isinstance(column.type, (*kinds, pa.BaseExtensionType))):
         raise in_column(file, name, f"holds {column.type}, not lists of floating point numbers")
     if nulls + values.null_count:
         raise in_column(file, name, f"has {nulls + values.null_count} nulls: a matrix is missing")
+    length = len(values) // len(column)
     if alpha and length != 1:
         raise in_column(file, name, f"has {length} numbers a row; alpha is one")
     if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
@@ -1760,14 +1760,13 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
     found: dict[str, list[Any]] = {}
     for column in table.column_names:
         found[column] = table.column(column).to_pylist()
-        classes = class_names(table.schema, column, classes_of_readme)
-        if classes and {type(value) for value in found[column]} == {str}:
-            continue  # the names themselves
         if None in found[column]:
             raise in_column(file, column, "has nulls; every model needs its size and micro-dataset")
-        if classes and not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
-            raise in_column(file, column, f"has numbers that are none of its {len(classes)} classes")
-        found[column] = [classes[number] for number in found[column]] if classes else found[column]
+        classes = class_names(table.schema, column, classes_of_readme)
+        if classes and {type(value) for value in found[column]} != {str}:  # not the names themselves
+            if not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
+                raise in_column(file, column, f"has numbers that are none of its {len(classes)} classes")
+            found[column] = [classes[number] for number in found[column]]
     if not {type(name) for name in found["name"]} <= {int, str}:
         raise in_column(file, "name", f"holds {table.column('name').type}; it must hold strings or integers")
     sizes = [dataset_size(label) for label in found["label"]]
@@ -1924,16 +1923,16 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
 
 def what_is_unusual(spectra: Spectra) -> list[str]:
     """Sentences about what a user might not expect in the models: sizes that lack, models that are there twice."""
-    pairs = torch.stack([spectra.micro_datasets, spectra.sizes, spectra.of_recipe], dim=1)
-    different = pairs.unique(dim=0)
+    models = [*zip(spectra.names, spectra.sizes.tolist(), spectra.of_recipe.tolist(), strict=True)]
+    sizes: dict[Any, set[int]] = {name: set() for name in sorted(set(spectra.names))}
+    for name, size, _ in models:
+        sizes[name].add(size)
     notes = []
-    if twice := len(pairs) - len(different):
+    if twice := len(models) - len(set(models)):
         notes.append(f"{twice} models have the micro-dataset and size of another one; all are kept")
-    sizes = different[:, :2].unique(dim=0)[:, 0].bincount()  # of each micro-dataset
-    lacking = (sizes < len(spectra.sizes.unique())).nonzero().flatten().tolist()
-    if lacking and len(pairs) > spectra.count:  # else no file was said to belong with another
-        names = sorted(set(spectra.names))
-        some = ", ".join(str(names[number]) for number in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+    lacking = [str(name) for name, its in sizes.items() if len(its) < len(set(spectra.sizes.tolist()))]
+    if lacking and len(models) > spectra.count:  # else no file was said to belong with another
+        some = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         notes.append(f"{len(lacking)} micro-datasets lack a size: {some}")
     return notes
 
@@ -2016,7 +2015,27 @@ class Weights:
         return lora_settings(self.path, self.header)
 
     def matrix(self, key: str, least_dimensions: int = 2) -> Tensor:
-        return as_float64(self.tensor(key), key, self.path.name, least_dimensions)
+        """A tensor of floating point numbers as float64.
+
+        Raises:
+            DsireError: it is of another kind, empty, not finite, or has fewer dimensions, or less memory behind it than
+                its shape says.
+        """
+        tensor, name = self.tensor(key), f"{self.path.name}: {shown(key)}"
+        plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+        number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
+        real = plain and (tensor.is_floating_point() or number)
+        whole = real and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+        if not whole or tensor.ndim < least_dimensions or not tensor.numel():
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape) if plain else 'unknown'}"
+            raise DsireError(f"{name} is {kind}, not a plain matrix of floating point numbers")
+        try:
+            matrix = tensor.to(torch.float64)
+        except (NotImplementedError, RuntimeError) as error:
+            raise DsireError(f"{name} is {tensor.dtype}, which torch can't convert") from error
+        if not matrix.isfinite().all():
+            raise DsireError(f"{name} holds a number that is NaN or infinite")
+        return matrix
 
 
 def open_weights(path: Path) -> Weights:
@@ -2047,11 +2066,21 @@ def open_weights(path: Path) -> Weights:
 
 
 def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a pickle by name, and its other entries as strings.
+    """The tensors of a pickle by name, and its other entries as strings; nothing in the file is run.
 
     Dictionaries may lie within each other: their keys are joined with dots. An alpha that is a number becomes a tensor.
     """
-    outside = content = unpickled(path)
+    with warnings.catch_warnings(record=True) as said, reading(path, "a pickle", said):
+        warnings.simplefilter("always")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                unpacked = sum(part.file_size for part in parts.infolist())
+                if unpacked > 16 * path.stat().st_size:
+                    raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
+                if damaged := parts.testzip():  # torch leaves the checksums unread
+                    raise ValueError(f"{damaged} is damaged")
+        # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
+        outside = content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     for _ in range(3):  # a checkpoint's weights lie under this key
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -2066,26 +2095,14 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         elif match and match["alpha"] and type(value) in (int, float):
             tensors[key] = torch.tensor(float(value) if abs(value) < 2**53 else math.nan, dtype=torch.float64)
         elif match:
-            raise DsireError(f"{path}: {shown(key)} is {type(value).__name__}, not a {match['alpha'] and 'number'}")
+            raise DsireError(f"{path}: {shown(key)} is {type(value).__name__}, neither a tensor nor alpha's number")
     # What stands beside the tensors, such as lora_alpha, is as good as a header; a key with a dot is of a layer.
-    said = {str(key): value for key, value in outside.items() if isinstance(value, (str, int, float))}
-    said = {key: value for key, value in said.items() if isinstance(value, str) or abs(value) < 2**53}
-    return tensors, {key: str(value) for key, value in said.items() if "." not in key}
-
-
-def unpickled(path: Path) -> Any:
-    """What a pickle of plain tensors holds; nothing in the file is run."""
-    with warnings.catch_warnings(record=True) as said, reading(path, "a pickle", said):
-        warnings.simplefilter("always")
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                unpacked = sum(part.file_size for part in parts.infolist())
-                if unpacked > 16 * path.stat().st_size:
-                    raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
-                if damaged := parts.testzip():  # torch leaves the checksums unread
-                    raise ValueError(f"{damaged} is damaged")
-        # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    header = {
+        str(key): str(value)
+        for key, value in outside.items()
+        if isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) < 2**53)
+    }
+    return tensors, {key: value for key, value in header.items() if "." not in key}
 
 
 def named_values(content: dict[Any, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -2193,37 +2210,14 @@ def settings_of(weights: Weights, pair: dict[str, str]) -> dict[str, Any]:
         if patterns and match["layer"].startswith(("lora_", "lycoris_")):
             raise DsireError(f"{said}: patterns can't be matched to names such as {shown(match['layer'])}")
         for pattern, value in reversed(patterns.items()):  # the first that matches counts
-            # repetitions within or after each other can take for ever to match
-            if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
-                raise DsireError(f"{said}: {shown(pattern)} repeats too much to be matched safely; write it out")
             try:
+                # repetitions within or after each other can take for ever to match
+                if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+                    raise OverflowError("it repeats too much to be matched safely: write it out")
                 own |= {name: value} if re.fullmatch(rf"(.*\.)?({pattern})", path) else {}
             except (re.error, OverflowError) as error:
-                raise DsireError(f"{said}: {shown(pattern)} is no regular expression ({shown(error)})") from error
+                raise DsireError(f"{said} {shown(pattern)} can't be matched ({shown(error)})") from error
     return own
-
-
-def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
-    """A tensor of floating point numbers as float64.
-
-    Raises:
-        DsireError: it is of another kind, empty, not finite, or has fewer dimensions, or less memory behind it than
-            its shape says.
-    """
-    plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
-    number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
-    real = plain and (tensor.is_floating_point() or number)
-    whole = real and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    if not whole or tensor.ndim < least_dimensions or not tensor.numel():
-        kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape) if plain else 'unknown'}"
-        raise DsireError(f"{file}: {shown(key)} is {kind}, not a plain matrix of floating point numbers")
-    try:
-        matrix = tensor.to(torch.float64)
-    except (NotImplementedError, RuntimeError) as error:
-        raise DsireError(f"{file}: {shown(key)} is {tensor.dtype}, which torch can't convert") from error
-    if not matrix.isfinite().all():
-        raise DsireError(f"{file}: {shown(key)} holds a number that is NaN or infinite")
-    return matrix
 
 
 def scale_of(weights: Weights, pair: dict[str, str], settings: dict[str, Any], rank: int | None) -> float:
@@ -2302,8 +2296,7 @@ class Base:
     def weights(self, layer: str) -> tuple[Tensor, torch.dtype]:
         """W₀ of a layer, float64 [out, in], and the type that it is stored in."""
         weights, key = self.layers[layer]
-        stored = weights.tensor(key)
-        return as_float64(stored, key, weights.path.name).flatten(1), stored.dtype
+        return weights.matrix(key).flatten(1), weights.tensor(key).dtype
 
     @property
     def identity(self) -> str:
@@ -2370,7 +2363,7 @@ def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, d
         return Layer([], {}, {})
     if layer not in base.layers:
         return Layer([], {}, {"lacking": 1})
-    new, old, old_type = as_float64(stored, key, weights.path.name).flatten(1), *base.weights(layer)
+    new, old, old_type = weights.matrix(key).flatten(1), *base.weights(layer)
     if new.shape != old.shape:
         return Layer([], {}, {"other shape": 1})
     change = new - old
