@@ -1814,7 +1814,11 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
 
 
 def pair_spectra(file: Any, pair: dict[str, str], rank: int, device: str, models: list[str], shard: str) -> Layer:
-    """One layer of all models in an open parquet file; `models` and `shard` are what a message calls them."""
+    """One layer of all models in an open parquet file; `models` and `shard` are what a message calls them.
+
+    Raises:
+        DsireError: a column doesn't fit, or holds a weight that is not finite; the message names it, and the model.
+    """
     columns = {part: name for part, name in pair.items() if part != "magnitude"}
     table = file.read([*columns.values()], use_threads=False)
     flat = {part: matrix_values(table.column(name), name, rank, shard) for part, name in columns.items()}
@@ -1830,7 +1834,13 @@ def pair_spectra(file: Any, pair: dict[str, str], rank: int, device: str, models
         if not all(its.isfinite().all() for its in spectra.values()):
             raise FloatingPointError
     except FloatingPointError:
-        raise DsireError(f"{shard}: {what_is_not_finite(flat, columns, models)}") from None
+        for part, name in columns.items():
+            wrong = (~flat[part].isfinite()).any(1).nonzero()
+            if len(wrong):
+                its = models[int(wrong[0])]
+                raise in_column(shard, name, f"holds a number that is NaN or infinite, of {its}") from None
+        names = " and ".join(map(shown, columns.values()))
+        raise DsireError(f"{shard}: columns {names} hold numbers too large to multiply") from None
     voting = (*pair, *["BA"] * ("magnitude" not in pair))  # of DoRA, BA is not the change of the weights
     spectra = {part: spectra[part] for part in voting if part in spectra}
     return Layer([b.shape[1], a.shape[2], rank], spectra, {"magnitude": "magnitude" in pair}, method_of(pair))
@@ -1841,15 +1851,6 @@ def with_middle(a: Tensor, middle: Tensor) -> Tensor:
     if middle.shape[-2] != a.shape[-2]:  # einsum would repeat a single row
         raise RuntimeError(f"a middle matrix of rank {middle.shape[-2]}, A of rank {a.shape[-2]}")
     return torch.einsum("...ijk,...jm->...imk", middle, a).flatten(-2)
-
-
-def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: list[str]) -> str:
-    """Which model and column of a batch [models, numbers] has a weight that is NaN or infinite."""
-    for matrix, name in pair.items():
-        wrong = (~flat[matrix].isfinite()).any(1).nonzero()
-        if len(wrong):
-            return f"{models[int(wrong[0])]} has a weight that is NaN or infinite in column {shown(name)}"
-    return f"columns {' and '.join(map(shown, pair.values()))} hold numbers too large to multiply"
 
 
 # What is said of layers of which it is true
@@ -2600,16 +2601,15 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
         parts = [part for part in objects(one.get("subsets")) if not part.get("is_reg")]
         places = (str(part.get("image_dir") or part.get("metadata_file")) for part in parts)
         images |= Counter(zip(places, (whole(part.get("img_count")) for part in parts), strict=True))
-    key = "ss_datasets"
-    if not any(count for _, count in images) and isinstance(folders, dict):
-        key, images = "ss_dataset_dirs", Counter()
-        for name, folder in folders.items():
-            first = re.sub(r" \(\d+\)$", "", name)
-            if isinstance(folder, dict):
-                images[first if first in folders else name, whole(folder.get("img_count"))] = 1
-    total = sum(count * times for (_, count), times in images.items())
-    if 0 < total < 2**53:
-        return total, key
+    once: Counter[tuple[str, int]] = Counter()
+    for name, folder in folders.items() if isinstance(folders, dict) else ():
+        first = re.sub(r" \(\d+\)$", "", name)
+        if isinstance(folder, dict):
+            once[first if first in folders else name, whole(folder.get("img_count"))] = 1
+    for key, counts in (("ss_datasets", images), ("ss_dataset_dirs", once)):
+        total = sum(count * times for (_, count), times in counts.items())
+        if 0 < total < 2**53:
+            return total, key
     total, repeats = (whole(parsed(header.get(key, ""))) for key in ("ss_num_train_images", "ss_num_repeats"))
     # Without the repeats it is no number of images, nor where it counts each of several resolutions.
     if not sets and total and repeats and not total % repeats:
