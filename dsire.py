@@ -1505,8 +1505,9 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
 # What stands after a layer's path. LoRA-WiSE and old diffusers: .lora.down.weight and .processor.to_q_lora.down.weight;
 # XLabs: .processor.qkv_lora1.down.weight; kohya and LyCORIS: .lora_down.weight; cloneofsimo: unet:0:down;
 # PEFT: .lora_A.weight and .lora_A.<adapter>.weight; loralib: .lora_A; torchtune: .lora_a.weight; MLX: .lora_a.
+SHORT = r"(?![\s\S]{1001})"  # no layer's path is longer; to match such a key could take for ever
 MATRIX_KEY = re.compile(
-    r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?(?P<stream>[12]?)[._](?P<word>down|up|mid)(?:\.weight)?"
+    SHORT + r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?(?P<stream>[12]?)[._](?P<word>down|up|mid)(?:\.weight)?"
     r"|:(?P<numbered>down|up)"
     r"|\.lora_(?:embedding_)?(?P<letter>[ABab])(?:\.(?!weight|bias)[^.]+)?(?:\.weight)?"
     r"|\.(?P<alpha>alpha)"
@@ -1514,9 +1515,10 @@ MATRIX_KEY = re.compile(
     r"|\.(?P<factor>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.(?!weight)[^.]+)?(?:\.weight)?)"
 )
 MATRIX_OF_WORD = {"down": "A", "a": "A", "up": "B", "b": "B"}
-LONGEST_KEY = 1000  # no layer's path is longer; to match such a key could take for ever
 # A matrix of a full model; embeddings are left out, and what turns out to have one dimension (norms).
-WEIGHT_KEY = re.compile(r"(.+)(?<!embedding)(?<!embeddings)(?<!wte)(?<!wpe)(?<!\bshared)(?<!embed_tokens)[._]weight")
+WEIGHT_KEY = re.compile(
+    SHORT + r"(.+)(?<!embedding)(?<!embeddings)(?<!wte)(?<!wpe)(?<!\bshared)(?<!embed_tokens)[._]weight"
+)
 # What stands before it: wrappers, anywhere; then names of the main network, and of containers that it was saved in.
 WRAPPER = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)[._]")
 NETWORK = re.compile(
@@ -1604,10 +1606,6 @@ def ldm_in_diffusers(name: str) -> str:
     return f"{side}_blocks_{block}_{kind}_{index}_{LDM_RESNET.get(match[4], match[4])}"
 
 
-def matrix_key(key: str) -> re.Match[str] | None:
-    return MATRIX_KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None
-
-
 def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[Keys, list[str], list[str]]:
     """Layer -> {"A": key, "B": key, perhaps "mid", "alpha", "magnitude"} in the keys' order; other keys; and strays.
 
@@ -1624,7 +1622,7 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[K
     for key in keys:
         if method := next((method for method, pattern in OTHER_METHODS.items() if re.search(pattern, key)), ""):
             raise DsireError(f"{file}: these are {method} weights ({shown(key)}){MERGE_IT}")
-        match = matrix_key(key)
+        match = MATRIX_KEY.fullmatch(key)
         if not match:
             others.append(key)
             continue
@@ -1640,23 +1638,19 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[K
     if len(partial) > (len(layers) if strays else 0):
         lacking = "B (up)" if "A" in partial[0] else "A (down)" if "B" in partial[0] else "A and B, or another part,"
         raise DsireError(f"{file}: {shown(lone[0])} has no partner: the layer's {lacking} is missing")
-    of_lora = [key for key in others if len(key) <= LONGEST_KEY and re.search(r"(?i)lora(?!.*bias$)", key)]
-    if not layers:
-        what = f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight)"
-        if of_lora:  # it is not left out as something else
-            raise DsireError(f"{what}: the layout of {shown(of_lora[0])} is not known here")
-        full = "a full checkpoint, not a LoRA: give the model that it was fine-tuned from with --base"
-        raise NoLora(f"{what}: it is {full if others else 'empty'}")
-    if unknown := [key for key in of_lora if ".lora_" in key]:  # what comes next: it may stand between A and B
+    of_lora = [key for key in others if re.match(SHORT + r"(?i:.*lora(?!.*bias$))", key)]
+    if unknown := [key for key in of_lora if ".lora_" in key or not layers]:
         raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
+    if not layers:
+        full = "a full checkpoint, not a LoRA: give the model that it was fine-tuned from with --base"
+        what = f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight)"
+        raise NoLora(f"{what}: it is {full if others else 'empty'}")
     return layers, others, lone
 
 
 def method_of(parts: Iterable[str]) -> str:
-    """What a layer with such parts is of: "LoRA", "DoRA", "LoHa", "LoKr", "full fine-tune"; "" if one is missing."""
+    """What a layer with such parts is of: "LoRA", "DoRA", "LoHa" or "LoKr"; "" if a part is missing."""
     has = set(parts)
-    if "weight" in has:
-        return "full fine-tune"
     if {"A", "B"} <= has:
         return "DoRA" if "magnitude" in has else "LoRA"
     if {f"hada_w{number}_{side}" for number in (1, 2) for side in "ab"} <= has:
@@ -1669,7 +1663,7 @@ def weight_matrices(keys: Iterable[str], file: str, network: str = "") -> dict[s
     """Layer -> key of the weights of a full model, or of a part of one that is called `network`."""
     found: dict[str, str] = {}
     for key in keys:
-        if match := WEIGHT_KEY.fullmatch(key) if len(key) <= LONGEST_KEY else None:
+        if match := WEIGHT_KEY.fullmatch(key):
             layer = layer_name(network + match[1])
             if layer in found:
                 raise DsireError(f"{file}: {shown(key)} is the same layer as {shown(found[layer])}")
@@ -1696,7 +1690,7 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
 
     kinds = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    length, nulls = 1, 0
+    nulls = 0
     shape: list[int] = []  # several numbers where the column's type tells the shape of the matrix
     while isinstance(values, pa.ExtensionArray) or isinstance(values.type, kinds):
         if isinstance(values, pa.ExtensionArray):
@@ -1706,16 +1700,16 @@ def matrix_values(column: Any, name: str, rank: int, file: str) -> Tensor:
         nulls += values.null_count
         bounds = pc.min_max(pc.list_value_length(values)).as_py()
         if bounds["min"] != bounds["max"]:
-            few, many = length * bounds["min"], length * bounds["max"]
-            raise in_column(file, name, f"has rows of {few} and of {many} numbers; all must be alike")
+            raise in_column(file, name, f"has lists of {bounds['min']} and of {bounds['max']}; all must be alike")
         shape.append(bounds["max"] or 0)
-        length, values = length * shape[-1], values.flatten()
+        values = values.flatten()
     alpha = name.endswith(".alpha")  # also a whole number, and not in a list
     real = pa.types.is_floating(values.type) or (alpha and pa.types.is_integer(values.type))
     if not real or not (alpha or isinstance(column.type, (*kinds, pa.BaseExtensionType))):
         raise in_column(file, name, f"holds {column.type}, not lists of floating point numbers")
     if nulls + values.null_count:
         raise in_column(file, name, f"has {nulls + values.null_count} nulls: a matrix is missing")
+    length = len(values) // len(column)
     if alpha and length != 1:
         raise in_column(file, name, f"has {length} numbers a row; alpha is one")
     if not alpha and (length == 0 or length % rank or (len(shape) > 1 and rank not in shape)):
@@ -1760,14 +1754,13 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
     found: dict[str, list[Any]] = {}
     for column in table.column_names:
         found[column] = table.column(column).to_pylist()
-        classes = class_names(table.schema, column, classes_of_readme)
-        if classes and {type(value) for value in found[column]} == {str}:
-            continue  # the names themselves
         if None in found[column]:
             raise in_column(file, column, "has nulls; every model needs its size and micro-dataset")
-        if classes and not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
-            raise in_column(file, column, f"has numbers that are none of its {len(classes)} classes")
-        found[column] = [classes[number] for number in found[column]] if classes else found[column]
+        classes = class_names(table.schema, column, classes_of_readme)
+        if classes and {type(value) for value in found[column]} != {str}:  # not the names themselves
+            if not all(type(number) is int and 0 <= number < len(classes) for number in found[column]):
+                raise in_column(file, column, f"has numbers that are none of its {len(classes)} classes")
+            found[column] = [classes[number] for number in found[column]]
     if not {type(name) for name in found["name"]} <= {int, str}:
         raise in_column(file, "name", f"holds {table.column('name').type}; it must hold strings or integers")
     sizes = [dataset_size(label) for label in found["label"]]
@@ -1777,32 +1770,17 @@ def model_labels(table: Any, file: str, classes_of_readme: str = "") -> tuple[Te
     return torch.tensor(sizes), found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
 
-@contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
-    """Whatever pyarrow raises about a file, in one line."""
-    try:
-        yield
-    except DsireError:
-        raise
-    except NotImplementedError as error:  # polars writes integers of 128 bits
-        raise DsireError(f"{path} holds what pyarrow can't read ({shown(error)}): write it with other types") from error
-    except Exception as error:
-        what = what_it_is(path, "GGUF or parquet") if path.is_file() else ""
-        reason = f"it is {what}" if what else shown(error)
-        raise DsireError(f"{path} is not a whole parquet file ({reason}): delete it and fetch it anew") from error
-
-
 def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "") -> Spectra:
-    """The spectra of all models in one parquet shard, one pair of columns at a time; `classes` is `Shard.classes`.
+    """The spectra of all models in one parquet shard, one layer at a time; `classes` is `Shard.classes`.
 
-    A shard is one row group, so a pair of columns is a ready batch of equal shapes, and whole rows are never held.
+    The columns of a layer are ready batches of equal shapes, so that whole rows are never held.
 
     Raises:
         DsireError: the file can't be read, or a column doesn't fit; the message names it.
     """
     import pyarrow.parquet as pq
 
-    with parquet_errors(path):
+    with reading(path, "parquet"):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata, columns = file.metadata, file.schema_arrow.names
             if not metadata.num_rows:
@@ -1810,91 +1788,104 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
             labels = file.read([name for name in LABELS if name in columns])
         sizes, names, recipes = model_labels(labels, path.name, classes)
         models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
-        layers, others, _ = lora_layers(columns, path.name)
-        if unlike := next((pair for pair in layers.values() if "A" not in pair), None):
+        pairs, others, _ = lora_layers(columns, path.name)
+        if unlike := next((pair for pair in pairs.values() if "A" not in pair), None):
             of_what = f"is of a {method_of(unlike)}, which is read from files only: put the models into a folder"
             raise in_column(path.name, next(iter(unlike.values())), of_what)
 
-        def layer_spectra(pair: dict[str, str]) -> tuple[Tensor, list[int]]:
+        def layer_of(pair: dict[str, str]) -> Layer:
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
                 return pair_spectra(own, pair, rank, device, models, path.name)
 
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        largest = max(8 * its.column(i).num_values for its in groups for i in range(its.num_columns))
+        largest = 8 * max(sum(its.column(i).num_values for its in groups) for i in range(metadata.num_columns))
         at_once = max(1, BYTES_AT_ONCE // (2 * largest))
-        spectra = dict(zip(layers, in_parallel(layer_spectra, list(layers.values()), at_once), strict=True))
+        layers = dict(zip(pairs, in_parallel(layer_of, list(pairs.values()), at_once), strict=True))
     notes = []
     if unused := sorted(set(others) - {*LABELS}):
         notes.append(f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}")
-    if any("magnitude" in pair for pair in layers.values()):
-        notes.append(MAGNITUDES)
-    # of DoRA, BA is not the change of the weights
-    order = voters_of({layer: [*pair, *["BA"] * ("magnitude" not in pair)] for layer, pair in layers.items()})
-    values = torch.stack([spectra[voter.layer][0][MATRICES.index(voter.matrix)] for voter in order])
-    shapes = {layer: shape for layer, (_, shape) in spectra.items()}
-    return Spectra(
-        values, sizes, names, order, shapes, notes, recipes, method=methods_of(map(method_of, layers.values()))
-    )
+    return as_spectra(layers, sizes=sizes, names=names, notes=notes + about_layers(layers), recipes=recipes)
 
 
-def pair_spectra(
-    file: Any, pair: dict[str, str], rank: int, device: str, models: list[str], shard: str
-) -> tuple[Tensor, list[int]]:
-    """The spectra of one layer in an open parquet file, [3, models, r], and its shape [out, in, rank].
+def pair_spectra(file: Any, pair: dict[str, str], rank: int, device: str, models: list[str], shard: str) -> Layer:
+    """One layer of all models in an open parquet file; `models` and `shard` are what a message calls them.
 
-    `models` and `shard` are what the file's models, and the file, are called in a message.
+    Raises:
+        DsireError: a column doesn't fit, or holds a weight that is not finite; the message names it, and the model.
     """
-    found: list[Tensor] = []
-    lengths: dict[str, int] = {}
-    pair = {matrix: name for matrix, name in pair.items() if matrix != "magnitude"}
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=list(pair.values()), use_threads=False)
-        if not len(table):
-            continue
-        flat = {matrix: matrix_values(table.column(name), name, rank, shard) for matrix, name in pair.items()}
-        for matrix, name in pair.items():
-            here = flat[matrix].shape[1]
-            if (first := lengths.setdefault(matrix, here)) != here:
-                raise in_column(shard, name, f"has rows of {first} and of {here} numbers; all must be alike")
-        a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
-        if "mid" in flat:  # as in lora_matrices
-            if lengths["mid"] % rank**2:
-                raise in_column(shard, pair["mid"], f"has {lengths['mid']} numbers a row, not r x r x k")
-            a = torch.einsum("nijk,njm->nimk", flat["mid"].view(len(table), rank, rank, -1), a).flatten(2)
-        try:
-            spectra = batch_spectra(a, b, device)
-            if "alpha" in flat:
-                spectra[2] *= flat["alpha"].abs() / rank
-            if not spectra.isfinite().all():
-                raise FloatingPointError
-            found.append(spectra)
-        except FloatingPointError:
-            its_models = models[sum(its.shape[1] for its in found) :]
-            raise DsireError(f"{shard}: {what_is_not_finite(flat, pair, its_models)}") from None
-    return torch.cat(found, dim=1), [b.shape[1], a.shape[2], rank]
+    columns = {part: name for part, name in pair.items() if part != "magnitude"}
+    table = file.read([*columns.values()], use_threads=False)
+    flat = {part: matrix_values(table.column(name), name, rank, shard) for part, name in columns.items()}
+    a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
+    if "mid" in flat:
+        if flat["mid"].shape[1] % rank**2:
+            raise in_column(shard, pair["mid"], f"has {flat['mid'].shape[1]} numbers a row, not r x r x k")
+        a = with_middle(a, flat["mid"].view(len(table), rank, rank, -1))
+    try:
+        spectra = dict(zip(MATRICES, batch_spectra(a, b, device), strict=True))
+        if "alpha" in flat:
+            spectra["BA"] *= flat["alpha"].abs() / rank
+        if not all(its.isfinite().all() for its in spectra.values()):
+            raise FloatingPointError
+    except FloatingPointError:
+        for part, name in columns.items():
+            wrong = (~flat[part].isfinite()).any(1).nonzero()
+            if len(wrong):
+                its = models[int(wrong[0])]
+                raise in_column(shard, name, f"holds a number that is NaN or infinite, of {its}") from None
+        names = " and ".join(map(shown, columns.values()))
+        raise DsireError(f"{shard}: columns {names} hold numbers too large to multiply") from None
+    voting = (*pair, *["BA"] * ("magnitude" not in pair))  # of DoRA, BA is not the change of the weights
+    spectra = {part: spectra[part] for part in voting if part in spectra}
+    return Layer([b.shape[1], a.shape[2], rank], spectra, {"magnitude": "magnitude" in pair}, method_of(pair))
 
 
-def what_is_not_finite(flat: dict[str, Tensor], pair: dict[str, str], models: list[str]) -> str:
-    """Which model and column of a batch [models, numbers] has a weight that is NaN or infinite."""
-    for matrix, name in pair.items():
-        wrong = (~flat[matrix].isfinite()).any(1).nonzero()
-        if len(wrong):
-            return f"{models[int(wrong[0])]} has a weight that is NaN or infinite in column {shown(name)}"
-    return f"columns {' and '.join(map(shown, pair.values()))} hold numbers too large to multiply"
+def with_middle(a: Tensor, middle: Tensor) -> Tensor:
+    """LoCon's or Tucker's middle matrix [..., r, r, k] made part of A [..., r, in]: [..., r, in k]."""
+    if middle.shape[-2] != a.shape[-2]:  # einsum would repeat a single row
+        raise RuntimeError(f"a middle matrix of rank {middle.shape[-2]}, A of rank {a.shape[-2]}")
+    return torch.einsum("...ijk,...jm->...imk", middle, a).flatten(-2)
 
 
-MAGNITUDES = "DoRA: the magnitude vectors are set aside, only A and B are judged"
+# What is said of layers of which it is true
+FACTS = {
+    "lacking": "layers that are not in the base are left out",
+    "other shape": "layers that have another shape in the base are left out",
+    "magnitude": "DoRA: the magnitude vectors are set aside, only A and B are judged",
+    "unstated": "the file does not state alpha: BA is taken with scale 1",
+    "zero": "alpha is 0: BA counts as zero",
+}
 
 
-def voters_of(layers: Mapping[str, Iterable[str]]) -> list[Voter]:
-    """The voters in the order in which a tie is broken: A and B as the layers' parts stand, then the changes BA."""
-    voters = [Voter(layer, part) for layer, parts in layers.items() for part in parts if part in MATRICES]
-    return sorted(voters, key=lambda voter: voter.matrix == "BA")
+class Layer(NamedTuple):
+    """What is found of a layer: [out, in, rank] or [out, in]; matrix -> spectrum; and facts, to be said or added up.
+
+    A spectrum is [r], or [models, r] of a shard; A and B stand in the order of the file's keys, and BA is the last.
+    """
+
+    shape: list[int]
+    spectra: dict[str, Tensor]
+    facts: Mapping[str, float]
+    method: str = ""  # with what else makes spectra unlike: LoHa's rank, the type that a full model is stored in
+    init: str = ""  # how A and B began, if BA is not the change of the weights then
 
 
-def methods_of(layers: Iterable[str]) -> str:
-    """What a model with layers of these methods is."""
-    return " and ".join(sorted(set(layers)))
+def as_spectra(layers: Mapping[str, Layer], **about: Any) -> Spectra:
+    """The layers of a shard, or of a file; `about` is what else `Spectra` is told.
+
+    A tie is broken in the order of the voters: A and B as they stand in the layers, then the changes BA.
+    """
+    voters = [Voter(layer, matrix) for layer, its in layers.items() for matrix in its.spectra]
+    voters.sort(key=lambda voter: voter.matrix == "BA")
+    rows = [layers[voter.layer].spectra[voter.matrix] for voter in voters]
+    width = max(row.shape[-1] for row in rows)
+    return Spectra(
+        values=torch.stack([of_rank(row, width) for row in rows]).view(len(rows), -1, width),
+        voters=voters,
+        shapes={layer: its.shape for layer, its in layers.items()},
+        method=" and ".join(sorted({its.method for its in layers.values()})),
+        **about,
+    )
 
 
 def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
@@ -1927,16 +1918,16 @@ def join_shards(shards: list[Spectra], files: list[str]) -> Spectra:
 
 def what_is_unusual(spectra: Spectra) -> list[str]:
     """Sentences about what a user might not expect in the models: sizes that lack, models that are there twice."""
-    pairs = torch.stack([spectra.micro_datasets, spectra.sizes, spectra.of_recipe], dim=1)
-    different = pairs.unique(dim=0)
+    models = [*zip(spectra.names, spectra.sizes.tolist(), spectra.of_recipe.tolist(), strict=True)]
+    sizes: dict[Any, set[int]] = {name: set() for name in sorted(set(spectra.names))}
+    for name, size, _ in models:
+        sizes[name].add(size)
     notes = []
-    if twice := len(pairs) - len(different):
+    if twice := len(models) - len(set(models)):
         notes.append(f"{twice} models have the micro-dataset and size of another one; all are kept")
-    sizes = different[:, :2].unique(dim=0)[:, 0].bincount()  # of each micro-dataset
-    lacking = (sizes < len(spectra.sizes.unique())).nonzero().flatten().tolist()
-    if lacking and len(pairs) > spectra.count:  # else no file was said to belong with another
-        names = sorted(set(spectra.names))
-        some = ", ".join(str(names[number]) for number in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+    lacking = [str(name) for name, its in sizes.items() if len(its) < len(set(spectra.sizes.tolist()))]
+    if lacking and len(models) > spectra.count:  # else no file was said to belong with another
+        some = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         notes.append(f"{len(lacking)} micro-datasets lack a size: {some}")
     return notes
 
@@ -1953,29 +1944,56 @@ SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 
 # What a file is that begins with these bytes.
 FIRST_BYTES = {
-    rb"$": "empty",
+    rb"$": "empty: delete it and fetch it anew",
     rb".{6}\x00\x00\{": "a safetensors file: let its name end in .safetensors",
     rb"PK\x03\x04|\x80[\x01-\x05]": "a pickle, or an archive: if torch.save wrote it, let its name end in .pt",
     rb"version https://git-lfs": "a Git LFS pointer, not the weights themselves: fetch those with git lfs pull",
-    rb"\s*<": "a web page, perhaps one to log in: fetch the file itself",
+    rb"\s*<": "a web page, perhaps one to log in: delete it and fetch the file itself",
     rb"\s*[{\[]\s*[\"{\[\]}\d]": "JSON, not weights",
-    rb"GGUF|PAR1": "GGUF or parquet; a LoRA is read from safetensors or a pickle",
+    rb"PAR1": "parquet; a single LoRA is read from safetensors or a pickle",
+    rb"GGUF": "GGUF; a LoRA is read from safetensors or a pickle",
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF": "a picture",
     rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ": "a compressed archive: unpack it",
-    rb"\x00{64}": "zeros from its beginning on: fetch it anew",
+    rb"\x00{64}": "zeros from its beginning on: delete it and fetch it anew",
     rb"[\t-\r\x20-\x7e]{16,}": "text, not weights",
 }
 
 
-def what_it_is(path: Path, wanted: str = "") -> str:
-    """What a file is by its first bytes, for a message; "" if they don't say it, or it is what begins as `wanted`."""
-    start = b"?"  # a file that can't be opened says nothing
-    with suppress(OSError), path.open("rb") as file:
-        start = file.read(200)
-    what = next((what for pattern, what in FIRST_BYTES.items() if re.match(pattern, start, re.DOTALL)), "")
-    if what.endswith("not weights"):
-        what += f" ({shown(' '.join(start[:80].decode(errors='replace').split()))})"
-    return "" if wanted and what.startswith(wanted) else what
+# What the errors and warnings of libraries mean that do not say it plainly.
+MEANINGS = {
+    r"GLOBAL ([\w.]+)": "holds {}, not tensors: it may be malicious and was not run",
+    r"pickle protocol (?!2\b)(\d+)": "is of pickle protocol {}, and only 2 is safe: save it with torch.save again",
+    r"Weights only()": "is damaged, or no pickle of torch's that holds tensors alone: others are not loaded",
+    r"ArrowNotImplementedError: (.*)": "holds what pyarrow can't read ({}): write it with other types",
+}
+
+
+@contextmanager
+def reading(path: Path, kind: str, said: Sequence[warnings.WarningMessage] = ()) -> Iterator[None]:
+    """Whatever a library raises about a file, in one line: what the file is by its first bytes, or what is wrong.
+
+    Args:
+        kind: what the file should be, as FIRST_BYTES says it.
+        said: the warnings before the error.
+    """
+    try:
+        yield
+    except DsireError:
+        raise
+    except Exception as error:  # bytes of any kind make libraries raise anything
+        start = b"?"  # a file that can't be opened says nothing
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(200)
+        what = next((what for pattern, what in FIRST_BYTES.items() if re.match(pattern, start, re.DOTALL)), kind)
+        if what.endswith("not weights"):
+            what += f" ({shown(' '.join(start[:80].decode(errors='replace').split()))})"
+        if not what.startswith(kind):
+            raise DsireError(f"{path} is {what}") from error
+        text = " ".join([f"{type(error).__name__}: {error}", *(str(warning.message) for warning in said)])
+        for pattern, meaning in MEANINGS.items():
+            if match := re.search(pattern, text):
+                raise DsireError(f"{path} {meaning.format(shown(match[1]))}") from error
+        raise DsireError(f"{path} can't be read as {kind} ({shown(error)}): delete it and fetch it anew") from error
 
 
 @dataclass(frozen=True)
@@ -1992,7 +2010,27 @@ class Weights:
         return lora_settings(self.path, self.header)
 
     def matrix(self, key: str, least_dimensions: int = 2) -> Tensor:
-        return as_float64(self.tensor(key), key, self.path.name, least_dimensions)
+        """A tensor of floating point numbers as float64.
+
+        Raises:
+            DsireError: it is of another kind, empty, not finite, or has fewer dimensions, or less memory behind it than
+                its shape says.
+        """
+        tensor, name = self.tensor(key), f"{self.path.name}: {shown(key)}"
+        plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+        number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
+        real = plain and (tensor.is_floating_point() or number)
+        whole = real and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+        if not whole or tensor.ndim < least_dimensions or not tensor.numel():
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape) if plain else 'unknown'}"
+            raise DsireError(f"{name} is {kind}, not a plain matrix of floating point numbers")
+        try:
+            matrix = tensor.to(torch.float64)
+        except (NotImplementedError, RuntimeError) as error:
+            raise DsireError(f"{name} is {tensor.dtype}, which torch can't convert") from error
+        if not matrix.isfinite().all():
+            raise DsireError(f"{name} holds a number that is NaN or infinite")
+        return matrix
 
 
 def open_weights(path: Path) -> Weights:
@@ -2008,19 +2046,14 @@ def open_weights(path: Path) -> Weights:
         return Weights(path, list(tensors), tensors.__getitem__, header)
     from safetensors import SafetensorError, safe_open
 
-    unreadable = (SafetensorError, OSError, RuntimeError, ValueError)  # also a file that can't be mapped, or named
-    try:
+    with reading(path, "a safetensors file"):
         file = safe_open(path, "pt")  # mapped for as long as the function below is there
         keys, header = list(file.keys()), file.metadata() or {}
-    except unreadable as error:
-        what = what_it_is(path, "a safetensors file")
-        reason = f"is {what}" if what else f"can't be read as safetensors ({shown(error)}); fetch it anew"
-        raise DsireError(f"{path} {reason}") from error
 
     def tensor(key: str) -> Tensor:
         try:
             found: Tensor = file.get_tensor(key)
-        except unreadable as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise DsireError(f"{path}: {shown(key)} can't be read ({shown(error)})") from error
         return found
 
@@ -2028,11 +2061,21 @@ def open_weights(path: Path) -> Weights:
 
 
 def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a pickle by name, and its other entries as strings.
+    """The tensors of a pickle by name, and its other entries as strings; nothing in the file is run.
 
     Dictionaries may lie within each other: their keys are joined with dots. An alpha that is a number becomes a tensor.
     """
-    outside = content = unpickled(path)
+    with warnings.catch_warnings(record=True) as said, reading(path, "a pickle", said):
+        warnings.simplefilter("always")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                unpacked = sum(part.file_size for part in parts.infolist())
+                if unpacked > 16 * path.stat().st_size:
+                    raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
+                if damaged := parts.testzip():  # torch leaves the checksums unread
+                    raise ValueError(f"{damaged} is damaged")
+        # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
+        outside = content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     for _ in range(3):  # a checkpoint's weights lie under this key
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -2041,36 +2084,20 @@ def unpickled_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DsireError(f"{path} holds a {kind}, not a dictionary of tensors: nothing names the layers")
     tensors = {}
     for key, value in named_values(content, set()):
-        match = matrix_key(key)
+        match = MATRIX_KEY.fullmatch(key)
         if isinstance(value, Tensor):
             tensors[key] = value.detach()
         elif match and match["alpha"] and type(value) in (int, float):
             tensors[key] = torch.tensor(float(value) if abs(value) < 2**53 else math.nan, dtype=torch.float64)
         elif match:
-            raise DsireError(f"{path}: {shown(key)} is {type(value).__name__}, not a {match['alpha'] and 'number'}")
+            raise DsireError(f"{path}: {shown(key)} is {type(value).__name__}, neither a tensor nor alpha's number")
     # What stands beside the tensors, such as lora_alpha, is as good as a header; a key with a dot is of a layer.
-    said = {str(key): value for key, value in outside.items() if isinstance(value, (str, int, float))}
-    said = {key: value for key, value in said.items() if isinstance(value, str) or abs(value) < 2**53}
-    return tensors, {key: str(value) for key, value in said.items() if "." not in key}
-
-
-def unpickled(path: Path) -> Any:
-    """What a pickle of plain tensors holds; nothing in the file is run."""
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as parts:
-                    unpacked = sum(part.file_size for part in parts.infolist())
-                    if unpacked > 16 * path.stat().st_size:
-                        raise ValueError(f"it would unpack to {unpacked:,} bytes, far more than weights can")
-                    if damaged := parts.testzip():  # torch leaves the checksums unread
-                        raise ValueError(f"{damaged} is damaged")
-            # Mapped, torch would take compressed records, or the bytes behind a short one, for the tensors' numbers.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:  # bytes of any kind make the unpickler raise anything; none of them is run
-        what = what_it_is(path, "a pickle")
-        raise DsireError(f"{path} {f'is {what}' if what else why_not_loaded(error, said)}") from error
+    header = {
+        str(key): str(value)
+        for key, value in outside.items()
+        if isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) < 2**53)
+    }
+    return tensors, {key: value for key, value in header.items() if "." not in key}
 
 
 def named_values(content: dict[Any, Any], seen: set[int], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -2081,17 +2108,6 @@ def named_values(content: dict[Any, Any], seen: set[int], prefix: str = "") -> I
             yield f"{prefix}{key}", value
         elif id(value) not in seen and len(prefix) < 1000:
             yield from named_values(value, seen, f"{prefix}{key}.")
-
-
-def why_not_loaded(error: Exception, said: list[warnings.WarningMessage]) -> str:
-    """Why torch did not load a pickle, in plain words, from its error and its warnings."""
-    text = " ".join(map(str, [error, *(warning.message for warning in said)]))
-    if held := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"holds {shown(held[1])}, not tensors: it may be malicious and was not run"
-    if (protocol := re.search(r"pickle protocol (\d+)", text)) and protocol[1] != "2":
-        return f"is of pickle protocol {protocol[1]}, and only 2 can be read safely: save it with torch.save again"
-    reason = "it is damaged, or no pickle of torch's" if text.startswith("Weights only") else shown(error)
-    return f"can't be read as plain tensors ({reason}); pickles that hold more are not loaded"
 
 
 # Fields of PEFT's LoraConfig (the last line: of ms-swift's) that leave B A the change of the weights, up to the scale.
@@ -2128,13 +2144,12 @@ def lora_settings(path: Path, header: dict[str, str]) -> Settings:
     Raises:
         DsireError: they can't be read, contradict each other, or say that BA is not the change of the weights.
     """
-    single = {key: parsed(text) for key, text in sorted(header.items()) if key.rpartition(".")[2] in HEADER_ENTRIES}
-    single = {key: value for key, value in single.items() if value is not None}
-    place, config, alpha = f"the header of {path}", single, None
-    said = {HEADER_ENTRIES[key.rpartition(".")[2]] for key in single}
-    if "lora_adapter_metadata" in header or "lora_alpha" not in said:
+    entries = {key: parsed(text) for key, text in sorted(header.items()) if key.rpartition(".")[2] in HEADER_ENTRIES}
+    place, config = f"the header of {path}", {key: value for key, value in entries.items() if value is not None}
+    default = {}
+    if "lora_adapter_metadata" in header or not any(key.endswith("alpha") for key in config):
         place, config = peft_config(path, header)
-        alpha = 8  # PEFT's default
+        default = {"lora_alpha": 8}  # PEFT's
     settings: Settings = {}
     for name, value in config.items():
         network, _, key = name.rpartition(".")
@@ -2146,12 +2161,7 @@ def lora_settings(path: Path, header: dict[str, str]) -> Settings:
         own = settings.setdefault(in_network(f"{network}.")[0] if network else ANY_NETWORK, {})
         if own.setdefault(key, value) != value and key in OF_SCALE:
             raise DsireError(f"{path.name}: {place} says that {key} is {shown(own[key])}, and {shown(value)}")
-    for own in settings.values():
-        if alpha:
-            own.setdefault("lora_alpha", alpha)
-        if not isinstance(own.get("use_rslora"), (bool, type(None))):
-            raise DsireError(f"{path.name}: {place}: use_rslora is {shown(repr(own['use_rslora']))}, not true or false")
-    return settings
+    return {network: {**default, **own} for network, own in settings.items()}
 
 
 def peft_config(path: Path, header: dict[str, str]) -> tuple[str, dict[str, Any]]:
@@ -2176,106 +2186,88 @@ def peft_config(path: Path, header: dict[str, str]) -> tuple[str, dict[str, Any]
     return place, config
 
 
-def settings_of(pair: dict[str, str], settings: Settings) -> tuple[dict[str, Any], str]:
-    """What is said of the network that a layer with these keys is part of, and the layer's path in that network."""
+def settings_of(weights: Weights, pair: dict[str, str]) -> dict[str, Any]:
+    """What is said of a layer with these keys: of its network, and by PEFT's patterns that its path matches.
+
+    Raises:
+        DsireError: a pattern is none, is not safe to match, or stands beside names that it can't be matched with.
+    """
     match = MATRIX_KEY.fullmatch(next(iter(pair.values())))
     assert match is not None
     network, path = in_network(match["layer"])
-    own = {**settings.get(ANY_NETWORK, {}), **settings.get(network, {})}
-    if match["layer"].startswith(("lora_", "lycoris_")) and (own.get("alpha_pattern") or own.get("rank_pattern")):
-        raise DsireError(f"the patterns of its LoRA settings can't be matched to names such as {shown(match['layer'])}")
-    return own, path
+    own = {**weights.settings.get(ANY_NETWORK, {}), **weights.settings.get(network, {})}
+    if "alpha" in pair:  # it goes before what is said of it elsewhere
+        return own
+    for name, its in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        said, patterns = f"{weights.path.name}: its LoRA settings: {its}", own.get(its) or {}
+        if not isinstance(patterns, dict):
+            raise DsireError(f"{said} is {shown(repr(patterns))}, not an object of patterns")
+        if patterns and match["layer"].startswith(("lora_", "lycoris_")):
+            raise DsireError(f"{said}: patterns can't be matched to names such as {shown(match['layer'])}")
+        for pattern, value in reversed(patterns.items()):  # the first that matches counts
+            try:
+                # repetitions within or after each other can take for ever to match
+                if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+                    raise OverflowError("it repeats too much to be matched safely: write it out")
+                own |= {name: value} if re.fullmatch(rf"(.*\.)?({pattern})", path) else {}
+            except (re.error, OverflowError) as error:
+                raise DsireError(f"{said} {shown(pattern)} can't be matched ({shown(error)})") from error
+    return own
 
 
-def by_pattern(settings: dict[str, Any], field: str, path: str, default: Any) -> Any:
-    """What PEFT's rank_pattern or alpha_pattern says of a layer; refused if it is not safe to match."""
-    patterns = settings.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise DsireError(f"{field} is {shown(repr(patterns))}, not an object of patterns")
-    for pattern, value in patterns.items():
-        # repetitions within or after each other can take for ever to match
-        if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
-            raise DsireError(f"{field} {shown(pattern)} repeats too much to be matched safely; write it out")
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", path):
-                return value
-        except (re.error, OverflowError) as error:
-            raise DsireError(f"{field} {shown(pattern)} is no regular expression ({shown(error)})") from error
-    return default
-
-
-def as_float64(tensor: Tensor, key: str, file: str, least_dimensions: int = 2) -> Tensor:
-    """A tensor of floating point numbers as float64.
-
-    Raises:
-        DsireError: it is of another kind, empty, or has fewer dimensions, or less memory behind it than its shape says.
-    """
-    plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
-    number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
-    real = plain and (tensor.is_floating_point() or number)
-    whole = real and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    if not whole or tensor.ndim < least_dimensions or not tensor.numel():
-        kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape) if plain else 'unknown'}"
-        raise DsireError(f"{file}: {shown(key)} is {kind}, not a plain matrix of floating point numbers")
-    try:
-        return tensor.to(torch.float64)
-    except (NotImplementedError, RuntimeError) as error:
-        raise DsireError(f"{file}: {shown(key)} is {tensor.dtype}, which torch can't convert") from error
-
-
-def scale_of(weights: Weights, pair: dict[str, str], rank: int | None) -> float:
+def scale_of(weights: Weights, pair: dict[str, str], settings: dict[str, Any], rank: int | None) -> float:
     """What the product of a layer's matrices is multiplied by: alpha / r, or alpha / sqrt(r) for rslora; 1 if unstated.
 
     Args:
+        settings: what `settings_of` says of the layer.
         rank: r of the layer, from the shape of A; None for a LoKr of two whole matrices, which has none (LyCORIS then
             ignores alpha, and only the settings say r).
 
     Raises:
         DsireError: an alpha is no number, or the settings contradict the matrices.
     """
-    file, (own, place) = weights.path.name, settings_of(pair, weights.settings)
     if "alpha" in pair:
         alpha = weights.matrix(pair["alpha"], least_dimensions=0)
-        if alpha.numel() != 1 or not alpha.isfinite().all():
-            raise DsireError(f"{file}: {shown(pair['alpha'])} is not one finite number")
+        if alpha.numel() != 1:
+            raise DsireError(f"{weights.path.name}: {shown(pair['alpha'])} is not one number")
         return float(alpha.reshape(())) / rank if rank else 1.0
-    if "lora_alpha" not in own:
+    if "lora_alpha" not in settings:
         return 1.0
-    try:
-        r = by_pattern(own, "rank_pattern", place, own.get("r"))
-        rank = r if rank is None else rank
-        if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
-            raise DsireError(f"r is {shown(repr(r))}, but {shown(place)} has rank {rank}")
-        alpha, scale = by_pattern(own, "alpha_pattern", place, own["lora_alpha"]), own.get("scale", 1)
-        for name, number in (("lora_alpha", alpha), ("scale", scale)):
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
-                raise DsireError(f"{name} is {shown(repr(number))}, not a number")
-    except DsireError as error:
-        raise DsireError(f"{file}: its LoRA settings: {error}") from error
-    return float(alpha) * float(scale) / (rank**0.5 if own.get("use_rslora") else rank)
+    said, r, rslora = f"{weights.path.name}: its LoRA settings:", settings.get("r"), settings.get("use_rslora")
+    rank = r if rank is None else rank
+    if type(rank) is not int or rank < 1 or (r is not None and (isinstance(r, bool) or r != rank)):
+        raise DsireError(f"{said} r is {shown(repr(r))}, but {shown(next(iter(pair.values())))} has rank {rank}")
+    if not isinstance(rslora, (bool, type(None))):
+        raise DsireError(f"{said} use_rslora is {shown(repr(rslora))}, not true or false")
+    scale = 1.0
+    for name in ("lora_alpha", "scale"):
+        number = settings.get(name, 1)
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 2**53:
+            raise DsireError(f"{said} {name} is {shown(repr(number))}, not a number")
+        scale *= number
+    return scale / (rank**0.5 if rslora else rank)
 
 
 def lora_matrices(weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] of a LoRA layer, float64.
-
-    A convolution's A [r, in, k, k] is taken as [r, in k k]. LoCon's middle matrix [r, r, k, k] is made part of A.
-
-    Raises:
-        DsireError: matrices that do not fit each other, or not of floating point numbers.
-    """
-    a, b, file = weights.matrix(pair["A"]), weights.matrix(pair["B"]), weights.path.name
+    """`factors` A [r, in] and B [out, r] of a LoRA layer, float64."""
+    a, b = weights.matrix(pair["A"]), weights.matrix(pair["B"])
     if pair["A"].endswith(".lora_a") and a.ndim == 2 and a.shape[0] > a.shape[1]:
         a, b = a.mT, b.mT  # MLX has A as [in, r] and B as [r, out]
-    rank = a.shape[0]
-    if "mid" in pair:
-        middle = weights.matrix(pair["mid"])
-        if middle.shape[1] != rank or a[0, 0].numel() != 1:
-            raise DsireError(f"{file}: {shown(pair['mid'])} {list(middle.shape)} does not fit {list(a.shape)}")
-        a, rank = torch.einsum("ij...,jm->im...", middle, a.flatten(1)), middle.shape[0]
-    if b.flatten(1).shape[1] != rank:
-        of_b = f"{shown(pair['B'])} has shape {list(b.shape)}"
-        raise DsireError(f"{file}: {shown(pair['A'])} has rank {rank}, but {of_b}")
-    return a.flatten(1), b.flatten(1)
+    return factors(a, b, weights.matrix(pair["mid"]) if "mid" in pair else None)
+
+
+def factors(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A [r, in k k] and B [out, r] of linear layers or convolutions; a middle matrix [r, r, k, k] is made part of A.
+
+    Raises:
+        RuntimeError: they do not fit each other.
+    """
+    if core is not None:
+        a = with_middle(a.reshape(a.shape[:2]), core.reshape(*core.shape[:2], -1))
+    a, b = a.flatten(1), b.flatten(1)
+    if len(a) != b.shape[1]:
+        raise RuntimeError(f"A of rank {len(a)}, B of rank {b.shape[1]}")
+    return a, b
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2283,24 +2275,6 @@ def lora_matrices(weights: Weights, pair: dict[str, str]) -> tuple[Tensor, Tenso
 
 LARGEST = 32  # singular values of a change that are kept, unless --rank says how many
 FOREIGN = 0.7  # of the norm of the base's weights: what has changed by more was never fine-tuned from them
-
-
-class Layer(NamedTuple):
-    """What is found of a layer: [out, in, rank] or [out, in]; matrix -> spectrum; and facts to be added up and said."""
-
-    shape: list[int]
-    spectra: dict[str, Tensor]
-    facts: Mapping[str, float]
-    method: str = ""  # with what else makes spectra unlike: LoHa's rank, the type that a full model is stored in
-    init: str = ""  # how A and B began, if BA is not the change of the weights then
-
-
-def finite_weights(stored: Tensor, key: str, file: str) -> Tensor:
-    """W of a layer, float64 [out, in]; of a convolution, [out, in k k]; refused if it is not finite."""
-    matrix = as_float64(stored, key, file).flatten(1)
-    if not matrix.isfinite().all():
-        raise DsireError(f"{file}: {shown(key)} holds a NaN or an infinity")
-    return matrix
 
 
 @dataclass(frozen=True)
@@ -2317,8 +2291,7 @@ class Base:
     def weights(self, layer: str) -> tuple[Tensor, torch.dtype]:
         """W₀ of a layer, float64 [out, in], and the type that it is stored in."""
         weights, key = self.layers[layer]
-        stored = weights.tensor(key)
-        return finite_weights(stored, key, "the base"), stored.dtype
+        return weights.matrix(key).flatten(1), weights.tensor(key).dtype
 
     @property
     def identity(self) -> str:
@@ -2377,15 +2350,15 @@ def model_layers(keys: list[str], path: Path, base: Base | None) -> tuple[Keys, 
 def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, device: str) -> Layer:
     """The change W - W₀ of a layer of a full fine-tune.
 
-    Facts: whether it is "lacking" in the base, has "other shape" or is "unchanged" or "foreign"; and the squared norms
-    of the "change", and of that part of it that may be "rounding": it is no more than the last digit that is stored.
+    Facts beside FACTS: whether it is "unchanged" or "foreign"; and the squared norms of the "change", and of that part
+    of it that may be "rounding": it is no more than the last digit that is stored.
     """
     stored = weights.tensor(key)
     if stored.ndim < 2 or not stored.is_floating_point():  # a norm, or numbers that are no weights
         return Layer([], {}, {})
     if layer not in base.layers:
         return Layer([], {}, {"lacking": 1})
-    new, old, old_type = finite_weights(stored, key, weights.path.name), *base.weights(layer)
+    new, old, old_type = weights.matrix(key).flatten(1), *base.weights(layer)
     if new.shape != old.shape:
         return Layer([], {}, {"other shape": 1})
     change = new - old
@@ -2419,16 +2392,14 @@ def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tens
 
 
 def two_factors(parts: dict[str, Tensor], name: str, core: str) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in k k] of one of the matrices that LoHa and LoKr multiply; of Tucker's form, too."""
-    b, a = parts[f"{name}_a"], parts[f"{name}_b"]
-    if core in parts:
-        return b.mT, torch.einsum("ij...,jm->im...", parts[core], a).flatten(1)
-    return b.flatten(1), a.flatten(1)
+    """`factors` of one of the matrices that LoHa and LoKr multiply; in Tucker's form B is [r, out]."""
+    b = parts[f"{name}_a"]
+    return factors(parts[f"{name}_b"], b.mT if core in parts else b, parts.get(core))
 
 
 def loha_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor]:
     """The shape [out, in] and spectrum of LoHa's change (B1 A1) ∘ (B2 A2), which is one product of rank r r."""
-    (b1, a1), (b2, a2) = (two_factors(parts, f"hada_w{number}", f"hada_t{number}") for number in (1, 2))
+    (a1, b1), (a2, b2) = (two_factors(parts, f"hada_w{number}", f"hada_t{number}") for number in (1, 2))
     b, a = (b1[:, :, None] * b2[:, None]).flatten(1), (a1[:, None] * a2).flatten(0, 1)
     return [len(b), a.shape[1]], product_spectrum(b, a, count)
 
@@ -2441,7 +2412,7 @@ def lokr_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor
             matrix = parts[f"lokr_w{number}"].flatten(1)
             out, into, its = *matrix.shape, matrix_spectrum(matrix, min(matrix.shape))
         else:
-            b, a = two_factors(parts, f"lokr_w{number}", f"lokr_t{number}")
+            a, b = two_factors(parts, f"lokr_w{number}", f"lokr_t{number}")
             out, into, its = len(b), a.shape[1], product_spectrum(b, a, len(a))
         shape = [shape[0] * out, shape[1] * into]
         spectrum = (spectrum[:, None] * its).flatten().sort(descending=True).values
@@ -2449,17 +2420,14 @@ def lokr_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor
 
 
 def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base | None, count: int) -> Layer:
-    """The spectra of a layer of LoRA, DoRA, LoHa or LoKr.
-
-    Facts: whether alpha is not stated ("unscaled") or "zero", and whether the change is zero ("unchanged").
-    """
+    """The spectra of a layer of LoRA, DoRA, LoHa or LoKr; of the facts, "unchanged" is that the change is zero."""
     method, keys, file = method_of(pair), ", ".join(map(shown, pair.values())), weights.path.name
-    settings, _ = settings_of(pair, weights.settings)
+    settings = settings_of(weights, pair)
     spectra: dict[str, Tensor] = {}
     try:
         if "A" in pair:
             a, b = lora_matrices(weights, pair)
-            scale, shape = scale_of(weights, pair, len(a)), [len(b), a.shape[1], len(a)]
+            scale, shape = scale_of(weights, pair, settings, len(a)), [len(b), a.shape[1], len(a)]
             of_a, of_b, unscaled = lora_spectra(a, b)
             spectra = {part: of_a if part == "A" else of_b for part in pair if part in ("A", "B")}
         else:
@@ -2467,7 +2435,7 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
                 raise DsireError(f"{file}: {keys} are a {method} with DoRA's magnitudes{MERGE_IT}")
             parts = {part: weights.matrix(key) for part, key in pair.items() if part != "alpha"}
             rank = max((len(matrix) for part, matrix in parts.items() if part.endswith("_b")), default=None)
-            scale = scale_of(weights, pair, rank)
+            scale = scale_of(weights, pair, settings, rank)
             shape, unscaled = (loha_change if method == "LoHa" else lokr_change)(parts, count)
             method += f" of rank {rank}" if rank else ""
         if method != "DoRA":
@@ -2481,7 +2449,12 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
     except RuntimeError as error:
         raise DsireError(f"{file}: {keys} do not fit each other ({shown(error)})") from error
     unstated = "alpha" not in pair and "lora_alpha" not in settings
-    facts = {"unscaled": unstated, "zero": scale == 0, "unchanged": not unscaled.any()}
+    facts = {
+        "magnitude": "BA" not in spectra,
+        "unstated": unstated,
+        "zero": scale == 0,
+        "unchanged": not unscaled.any(),
+    }
     init = settings.get("init_lora_weights")
     uncommon = "" if init in PLAIN_INITS else shown(re.sub(r"_niter_\d+$", "", str(init).lower()))
     return Layer(shape, spectra, facts, method, uncommon)
@@ -2518,71 +2491,57 @@ def file_spectra(path: Path, base: Base | None = None, count: int = LARGEST, dev
                 raise FloatingPointError
             return found
         except FloatingPointError:
-            keys = ", ".join(map(shown, pair.values()))
-            raise DsireError(f"{path.name}: one of {keys} is NaN, infinite or too large") from None
+            keys = " and ".join(map(shown, pair.values()))
+            raise DsireError(f"{path.name}: {keys} hold numbers too large to multiply") from None
 
     at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
-    layers = dict(zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True))
+    every = zip(pairs, in_parallel(layer_of, [*pairs], at_once), strict=True)
+    layers = {layer: its for layer, its in every if its.spectra or its.facts}  # no norms
     found = {layer: its for layer, its in layers.items() if its.spectra}
     if not found:
         raise DsireError(f"{path.name} has no matrix of the base's shape: {three_of(pairs)} here")
     if 2 * sum(its.facts.get("foreign", 0) for its in found.values()) > len(found):
         much = f"most of its weights differ by over {FOREIGN:.0%} of theirs"
         raise DsireError(f"{path.name} is no fine-tune of this base: {much}")
-    notes, untrained = about_layers(pairs, layers, others, lone)
-    stated = stated_size(weights.header)
-    if stated:
-        notes.append(f"states its own size: {stated[0]} images ({stated[1]})")
-    changed = {layer: its for layer, its in found.items() if "weight" not in pairs[layer] or not its.facts["unchanged"]}
-    named = {f"{layer} ({its.init})" if its.init else layer: its for layer, its in (changed or found).items()}
-    voters = voters_of({layer: its.spectra for layer, its in named.items()})
-    rows = [named[voter.layer].spectra[voter.matrix] for voter in voters]
-    width = max(map(len, rows))
-    return Spectra(
-        values=torch.stack([of_rank(row, width) for row in rows])[:, None],
-        sizes=torch.tensor([stated[0] if stated else 0]),
-        names=[str(path)],
-        voters=voters,
-        shapes={layer: its.shape for layer, its in named.items()},
-        notes=notes,
-        recipes=stated_recipe(weights.header),
-        method=methods_of(its.method for its in named.values()),
-        first=[UNTRAINED] if untrained else [],
-    )
-
-
-def about_layers(pairs: Keys, layers: dict[str, Layer], others: list[str], lone: list[str]) -> tuple[list[str], bool]:
-    """What is to be said of a file's layers, by their facts, and of its other keys; and whether nothing was trained."""
-
-    def total(fact: str) -> float:
-        return sum(layer.facts.get(fact, 0) for layer in layers.values())
-
-    judged = sum(bool(layer.spectra) for layer in layers.values())
-    unscaled, zero, unchanged = (int(total(fact)) for fact in ("unscaled", "zero", "unchanged"))
     notes = []
     if lone:
         notes.append(f"{len(lone)} tensors without a partner are left out, such as {shown(lone[0])}")
     if others:
         notes.append(f"{len(others)} tensors that are not LoRA matrices are set aside, such as {shown(others[0])}")
-    for fact, what in (("lacking", "are not in the base"), ("other shape", "have another shape in the base")):
-        if some := [layer for layer, its in layers.items() if its.facts.get(fact)]:
-            notes.append(f"{len(some)} layers {what}, such as {three_of(some)}")
-    if any("magnitude" in pair and "BA" not in layers[layer].spectra for layer, pair in pairs.items()):
-        notes.append(MAGNITUDES)
-    if unscaled:
-        which = f" of {unscaled} of its {judged} layers" if unscaled < judged else ""
-        notes.append(f"the file does not state alpha{which}: BA is taken with scale 1")
-    if zero:
-        notes.append(f"alpha is 0 in {zero} of {judged} layers: their BA counts as zero")
-    if 0 < unchanged < judged:
-        left_out = ": they are left out" if any("weight" in pair for pair in pairs.values()) else ""
-        notes.append(f"the change of the weights is zero in {unchanged} of {judged} layers{left_out}")
-    if total("rounding") > total("change") / 2 > 0:
+    notes += about_layers(layers)
+    changed = {layer: its for layer, its in found.items() if not its.facts["unchanged"]}
+    full = any("weight" in pair for pair in pairs.values())
+    if 0 < len(changed) < len(found):
+        unchanged = f"{len(found) - len(changed)} of {len(found)} layers{': they are left out' if full else ''}"
+        notes.append(f"the change of the weights is zero in {unchanged}")
+    size, stated_in = stated_size(weights.header) or (0, "")
+    if size:
+        notes.append(f"states its own size: {size} images ({stated_in})")
+    voting = changed if changed and full else found
+    return as_spectra(
+        {f"{layer} ({its.init})" if its.init else layer: its for layer, its in voting.items()},
+        sizes=torch.tensor([size]),
+        names=[str(path)],
+        notes=notes,
+        recipes=stated_recipe(weights.header),
+        first=[] if changed else [UNTRAINED],
+    )
+
+
+def about_layers(layers: Mapping[str, Layer]) -> list[str]:
+    """What is to be said of a model's layers, by their facts; and of how many, where it is not said of all."""
+    notes = []
+    for fact, what in FACTS.items():
+        some = [layer for layer, its in layers.items() if its.facts.get(fact)]
+        which = f" ({len(some)} of {len(layers)} layers, such as {three_of(some)})"
+        notes += [what if len(some) == len(layers) else what + which] if some else []
+    change, rounding = (sum(its.facts.get(fact, 0) for its in layers.values()) for fact in ("change", "rounding"))
+    if rounding > change / 2 > 0:
         notes.append("most of the change of the weights is no larger than the last digit that they are stored with")
     for init in sorted({its.init for its in layers.values()} - {""}):
         unlike = "BA is not the change of the weights, only models that began so are comparable"
         notes.append(f"init_lora_weights is {init}: {unlike}")
-    return notes, unchanged == judged
+    return notes
 
 
 # kohya's entries about how a model was trained; numbers are compared as numbers
@@ -2636,16 +2595,15 @@ def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
         parts = [part for part in objects(one.get("subsets")) if not part.get("is_reg")]
         places = (str(part.get("image_dir") or part.get("metadata_file")) for part in parts)
         images |= Counter(zip(places, (whole(part.get("img_count")) for part in parts), strict=True))
-    key = "ss_datasets"
-    if not any(count for _, count in images) and isinstance(folders, dict):
-        key, images = "ss_dataset_dirs", Counter()
-        for name, folder in folders.items():
-            first = re.sub(r" \(\d+\)$", "", name)
-            if isinstance(folder, dict):
-                images[first if first in folders else name, whole(folder.get("img_count"))] = 1
-    total = sum(count * times for (_, count), times in images.items())
-    if 0 < total < 2**53:
-        return total, key
+    once: Counter[tuple[str, int]] = Counter()
+    for name, folder in folders.items() if isinstance(folders, dict) else ():
+        first = re.sub(r" \(\d+\)$", "", name)
+        if isinstance(folder, dict):
+            once[first if first in folders else name, whole(folder.get("img_count"))] = 1
+    for key, counts in (("ss_datasets", images), ("ss_dataset_dirs", once)):
+        total = sum(count * times for (_, count), times in counts.items())
+        if 0 < total < 2**53:
+            return total, key
     total, repeats = (whole(parsed(header.get(key, ""))) for key in ("ss_num_train_images", "ss_num_repeats"))
     # Without the repeats it is no number of images, nor where it counts each of several resolutions.
     if not sets and total and repeats and not total % repeats:
@@ -2689,7 +2647,7 @@ def holds_no_lora(path: Path, base: Base | None = None) -> bool:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
-            with parquet_errors(path):
+            with reading(path, "parquet"):
                 lora_layers(pq.read_schema(path).names, path.name)
             return False
         weights = open_model(path)

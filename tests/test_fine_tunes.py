@@ -315,8 +315,8 @@ def test_layers_that_differ_lack_or_did_not_change_are_counted_and_do_not_vote(b
     assert found.shapes == {flat(POINT): [10, 12]}
     assert_changes(found, differences(load_file(base.with_name("full.safetensors")), load_file(base), [POINT]))
     lacking, other, same = found.notes
-    assert lacking == "1 layers are not in the base, such as mid_block_new"
-    assert other == f"1 layers have another shape in the base, such as {flat(Q)}"
+    assert lacking == "layers that are not in the base are left out (1 of 4 layers, such as mid_block_new)"
+    assert other == f"layers that have another shape in the base are left out (1 of 4 layers, such as {flat(Q)})"
     assert "zero in 1 of 2 layers" in same
     assert found.first == []
 
@@ -367,8 +367,8 @@ def test_a_full_model_with_an_activation_called_alpha_is_one(base: Path) -> None
 
 def test_weights_that_are_not_finite_are_refused(base: Path) -> None:
     spoilt = edited(base, lambda tensors: tensors[f"{POINT}.weight"][0].fill_(float("nan")), "spoilt.safetensors")
-    assert f"spoilt.safetensors: {POINT}.weight holds a NaN" in refusal(spoilt, base)
-    assert f"the base: {POINT}.weight holds a NaN" in refusal(base, spoilt)
+    assert f"spoilt.safetensors: {POINT}.weight holds a number that is NaN" in refusal(spoilt, base)
+    assert f"spoilt.safetensors: {POINT}.weight holds a number that is NaN" in refusal(base, spoilt)
 
 
 @pytest.mark.parametrize("other", [1.0, -1.7e308])
@@ -558,7 +558,7 @@ def test_dora_of_layers_that_the_base_lacks_is_judged_by_a_and_b(tmp_path: Path)
     found = spectra(tmp_path / "dora.safetensors", base)
     assert {voter.layer for voter in found.voters if voter.matrix == "BA"} == {"key"}
     assert {voter.layer for voter in found.voters if voter.matrix == "A"} == {"key", "query"}
-    assert found.notes == [dsire.MAGNITUDES]
+    assert found.notes == [f"{dsire.FACTS['magnitude']} (1 of 2 layers, such as query)"]
 
 
 @pytest.mark.parametrize("kind", [LohaModule, LokrModule])

@@ -50,7 +50,7 @@ def matrices_in(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     weights, found = dsire.open_weights(path), {}
     for layer, pair in dsire.lora_layers(weights.keys, path.name, strays=True)[0].items():
         a, b = dsire.lora_matrices(weights, pair)
-        found[layer] = (a, b, dsire.scale_of(weights, pair, len(a)))
+        found[layer] = (a, b, dsire.scale_of(weights, pair, dsire.settings_of(weights, pair), len(a)))
     return found
 
 

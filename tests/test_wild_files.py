@@ -244,7 +244,8 @@ def test_settings_of_one_network_of_two(tmp_path: Path) -> None:
     file = write(tmp_path / "lora.safetensors", pair("unet.x") | pair("text_encoder.x"), {"unet.alpha": "3"})
     assert products(file) == pytest.approx({"x": largest(1.5), "text_encoder_x": largest(1)})
     (note,) = dsire.file_spectra(file).notes
-    assert "1 of its 2 layers" in note
+    assert "alpha" in note
+    assert "1 of 2 layers, such as text_encoder_x" in note
 
 
 def test_alpha_beside_the_tensors_of_a_pickle(tmp_path: Path) -> None:
@@ -361,7 +362,7 @@ def test_a_model_that_began_otherwise_is_judged_by_its_like(tmp_path: Path, run:
 
 def test_an_alpha_of_zero_is_not_untrained(tmp_path: Path) -> None:
     zero = write(tmp_path / "zero.safetensors", one_layer(alpha=torch.tensor(0.0)))
-    assert dsire.file_spectra(zero).notes == ["alpha is 0 in 1 of 1 layers: their BA counts as zero"]
+    assert dsire.file_spectra(zero).notes == ["alpha is 0: BA counts as zero"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
