@@ -1401,10 +1401,12 @@ def how_sure(spectra: Spectra, split: Split, predictor: Predictor) -> Tensor:
     """What the estimates of a split's test models would be worth, fitted on its training models: float64 [test, 4].
 
     The columns: by how many images they err; whether the 90 % set holds the true size; how many sizes it has; and
-    whether the model is said not to be comparable.
+    whether the model is said not to be comparable. NaN where one micro-dataset is all there is: none can be left out.
     """
     fitted, new = spectra.of_models(split.train), spectra.of_models(split.test)
     units = fitted.micro_datasets
+    if not units.any():
+        return torch.full((len(split.test), 4), math.nan, dtype=torch.float64)
     answer, left_out = leave_out(fitted, new, predictor, units)
     members = conformal_p(fitted.sizes, units, left_out) > 0.1 + 1e-9
     held = (members & (left_out.candidates == new.sizes[:, None])).any(1)
@@ -1431,10 +1433,7 @@ def by_recipe(spectra: Spectra, runs: list[Split]) -> dict[str, Tensor]:
 
     def asked(run: Split, labelled: Tensor) -> Tensor:
         """[recipes, 4] with these training models, a mask, of those that the run has; NaN where nothing can be told."""
-        train = run.train[labelled[run.train]]
-        if len(spectra.micro_datasets[train].unique()) < 2:
-            return torch.full((len(recipes), 4), math.nan, dtype=torch.float64)
-        found = how_sure(spectra, Split(train, run.test), log_ridge)
+        found = how_sure(spectra, Split(run.train[labelled[run.train]], run.test), log_ridge)
         return torch.stack([found[its[run.test]].mean(0) for its in recipes])
 
     tables = {

@@ -477,6 +477,13 @@ def test_lokr_of_lycoris(case: str, tmp_path: Path) -> None:
     assert (found.method.split()[0], found.notes) == ("LoKr", [])
 
 
+def test_a_tucker_core_of_another_rank_is_refused(tmp_path: Path) -> None:
+    parts = {"w1_a": normal(2, 6), "w1_b": normal(2, 5), "t1": normal(2, 1, 3, 3)}  # its second side is to be 2
+    tensors = {f"x.hada_{part.replace('1', number)}": its.clone() for part, its in parts.items() for number in "12"}
+    with pytest.raises(dsire.DsireError, match="do not fit each other"):
+        dsire.file_spectra(write(tmp_path / "loha.safetensors", tensors))
+
+
 def test_alpha_means_nothing_for_two_whole_matrices(tmp_path: Path) -> None:
     w1, w2 = normal(4, 2), normal(5, 3, 3, 3, seed=1)
     tensors = {"lora_unet_x.lokr_w1": w1, "lora_unet_x.lokr_w2": w2, "lora_unet_x.alpha": torch.tensor(400.0)}
