@@ -1319,8 +1319,9 @@ def kinds_of_sd(shapes: dict[str, list[int]]) -> set[tuple[int, int]]:
 def kind_of_model(shapes: dict[str, list[int]]) -> str:
     """What a set of layers looks like, for messages: layers, ranks, and the width of the cross-attention."""
     ranks = " ".join(map(str, sorted({shape[2] for shape in shapes.values() if len(shape) > 2})))
-    widths = ", ".join(f"{width}{SD_OF_WIDTH.get(width, '')}" for width in sorted({w for w, _ in kinds_of_sd(shapes)}))
-    of_rank, of_width = f" of rank {ranks}" if ranks else "", f", cross-attention width {widths}" if widths else ""
+    widths = sorted({width for width, _ in kinds_of_sd(shapes)})
+    names = ", ".join(f"{width}{SD_OF_WIDTH.get(width, '')}" for width in widths)
+    of_rank, of_width = f" of rank {ranks}" if ranks else "", f", cross-attention width {names}" if names else ""
     return f"{counted(len(shapes), 'layer')}{of_rank}{of_width}"
 
 
@@ -1501,10 +1502,10 @@ def compare(spectra: Spectra, protocol: Protocol) -> Comparison:
 # ---------------------------------------------------------------------------------------------------------------------
 # The names of LoRA matrices, whoever wrote them
 
+SHORT = r"(?![\s\S]{1001})"  # no layer's path is longer; to match such a key could take for ever
 # What stands after a layer's path. LoRA-WiSE and old diffusers: .lora.down.weight and .processor.to_q_lora.down.weight;
 # XLabs: .processor.qkv_lora1.down.weight; kohya and LyCORIS: .lora_down.weight; cloneofsimo: unet:0:down;
 # PEFT: .lora_A.weight and .lora_A.<adapter>.weight; loralib: .lora_A; torchtune: .lora_a.weight; MLX: .lora_a.
-SHORT = r"(?![\s\S]{1001})"  # no layer's path is longer; to match such a key could take for ever
 MATRIX_KEY = re.compile(
     SHORT + r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?(?P<stream>[12]?)[._](?P<word>down|up|mid)(?:\.weight)?"
     r"|:(?P<numbered>down|up)"
@@ -1639,7 +1640,7 @@ def lora_layers(keys: Iterable[str], file: str, strays: bool = False) -> tuple[K
         raise DsireError(f"{file}: {shown(lone[0])} has no partner: the layer's {lacking} is missing")
     of_lora = [key for key in others if re.match(SHORT + r"(?i:.*lora(?!.*bias$))", key)]
     if unknown := [key for key in of_lora if ".lora_" in key or not layers]:
-        raise DsireError(f"{file}: {shown(unknown[0])} is not known here, and may change what A and B mean")
+        raise DsireError(f"{file}: {shown(unknown[0])} is not known here, so that A and B may mean another thing")
     if not layers:
         full = "a full checkpoint, not a LoRA: give the model that it was fine-tuned from with --base"
         what = f"{file} holds no LoRA layers (such as <layer>.lora.down.weight and .up.weight)"
@@ -1992,7 +1993,10 @@ def reading(path: Path, kind: str, said: Sequence[warnings.WarningMessage] = ())
         for pattern, meaning in MEANINGS.items():
             if match := re.search(pattern, text):
                 raise DsireError(f"{path} {meaning.format(shown(match[1]))}") from error
-        raise DsireError(f"{path} can't be read as {kind} ({shown(error)}): delete it and fetch it anew") from error
+        advice = (
+            "" if getattr(error, "errno", None) else ": delete it and fetch it anew"
+        )  # the disk's fault, not its own
+        raise DsireError(f"{path} can't be read as {kind} ({shown(error)}){advice}") from error
 
 
 @dataclass(frozen=True)
@@ -2290,7 +2294,10 @@ class Base:
     def weights(self, layer: str) -> tuple[Tensor, torch.dtype]:
         """W₀ of a layer, float64 [out, in], and the type that it is stored in."""
         weights, key = self.layers[layer]
-        return weights.matrix(key).flatten(1), weights.tensor(key).dtype
+        try:
+            return weights.matrix(key).flatten(1), weights.tensor(key).dtype
+        except DsireError as error:  # its file may be called as the fine-tune's is
+            raise DsireError(f"the base, {error}") from error
 
     @property
     def identity(self) -> str:
@@ -2806,6 +2813,7 @@ def files_of_subset(
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
         view = Path(place).resolve() / "dataset"
+        view.mkdir()
         for name in names:
             (view / name).parent.mkdir(parents=True, exist_ok=True)
             (view / name).touch()
@@ -3046,7 +3054,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    """Write JSON; what can't be told, a NaN, is null in it."""
+    plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_whole(path, json.dumps(plain, indent=2) + "\n")
 
 
 def cache_key(shard: Shard, rank: int) -> str:

@@ -234,6 +234,14 @@ def test_no_such_subset(run: Run, hub: HubStandIn) -> None:
     assert run("--subset=low_64").says("--subset=low_64", dsire.LORA_WISE, "low_4")
 
 
+@pytest.mark.parametrize("card", ["configs:\n- config_name: a\n  data_files: x.csv\n", "license: mit\n"])
+def test_a_dataset_without_parquet(run: Run, hub: HubStandIn, tmp_path: Path, card: str) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "README.md").write_text(f"---\n{card}---\n")
+    hub.add(tmp_path / "texts", "somebody/texts")
+    assert run("--dataset=somebody/texts").says("somebody/texts has no parquet to read", "README.md")
+
+
 def test_no_such_repository(run: Run, hub: HubStandIn) -> None:
     assert run(*SUBSET, "--dataset=nobody/nothing").says("nobody/nothing", hub.endpoint, "HF_TOKEN")
 

@@ -339,7 +339,9 @@ def test_plots_of_gda_and_nothing_lost_with_too_few_models(run: Run, tiny_wise: 
     assert run(*small, "--train_size=1").says("--train_size")
     recipes = [f"--dataset={tiny_wise}", "--subset=recipes_4", "--experiments=1", "--predictor=gda", "--matrices=B"]
     # one micro-dataset is enough, under seven recipes, though nothing can be left out then
-    assert run(*recipes, "--train_size=1", "--plots", "--compare").code == 0
+    outcome = run(*recipes, "--train_size=1", "--plots", "--compare")
+    assert outcome.code == 0
+    assert outcome.report["by_recipe"]["seen"] == [[None] * 4] * 7
 
 
 def test_the_paper_is_quoted_only_where_it_was_judged_alike() -> None:
