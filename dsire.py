@@ -254,7 +254,8 @@ def matrix_spectrum(matrix: Tensor, count: int) -> Tensor:
 
 def product_spectrum(b: Tensor, a: Tensor, count: int) -> Tensor:
     """`matrix_spectrum` of B A, for B [out, r] and A [r, in]; formed only where r is no smaller than out or in."""
-    return lora_spectra(a, b)[2][:count] if len(a) < min(len(b), a.shape[1]) else matrix_spectrum(b @ a, count)
+    with computing():
+        return lora_spectra(a, b)[2][:count] if len(a) < min(len(b), a.shape[1]) else matrix_spectrum(b @ a, count)
 
 
 def of_rank(values: Tensor, rank: int) -> Tensor:
@@ -275,6 +276,28 @@ def batch_spectra(a: Tensor, b: Tensor, device: str) -> Tensor:
             raise DsireError(f"{device} has no memory left for a single layer: use --device=cpu") from error
     half = len(a) // 2
     return torch.cat([batch_spectra(a[:half], b[:half], device), batch_spectra(a[half:], b[half:], device)], dim=1)
+
+
+@contextmanager
+def computing(device: str = "cpu", file: str = "") -> Iterator[None]:
+    """What PyTorch raises while spectra are computed, told as itself: the file that was read is not at fault."""
+    try:
+        yield
+    except RuntimeError as error:
+        where, advice = f"{file}: " if file else "", "" if device.startswith("cpu") else "; try --device=cpu"
+        raise DsireError(f"{where}the spectra can't be computed on {device} ({shown(error)}){advice}") from error
+
+
+def warm_up(device: str) -> None:
+    """Call each routine that spectra need once on the device, before threads do: a millisecond on a CPU.
+
+    PyTorch loads its CUDA linear algebra at the first call that needs it, which isn't safe from several threads at once
+    ("lazy wrapper should be called at most once", pytorch/pytorch #90613).
+    """
+    layers = torch.eye(2, dtype=torch.float64, device=device).repeat(2, 1, 1)
+    with one_thread_each():
+        lora_spectra(layers, layers)  # Cholesky and eigenvalues
+        qr_spectra(layers, layers)  # QR and singular values
 
 
 class Voter(NamedTuple):
@@ -1792,37 +1815,42 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu", classes: str = "")
         if unlike := next((pair for pair in pairs.values() if "A" not in pair), None):
             of_what = f"is of a {method_of(unlike)}, which is read from files only: put the models into a folder"
             raise in_column(path.name, next(iter(unlike.values())), of_what)
-
-        def layer_of(pair: dict[str, str]) -> Layer:
-            with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:  # as threads need
-                return pair_spectra(own, pair, rank, device, models, path.name)
-
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         largest = 8 * max(sum(its.column(i).num_values for its in groups) for i in range(metadata.num_columns))
-        at_once = max(1, BYTES_AT_ONCE // (2 * largest))
-        layers = dict(zip(pairs, in_parallel(layer_of, list(pairs.values()), at_once), strict=True))
+
+    def layer_of(pair: dict[str, str]) -> Layer:
+        return pair_spectra(path, metadata, pair, rank, device, models)
+
+    at_once = max(1, BYTES_AT_ONCE // (2 * largest))
+    layers = dict(zip(pairs, in_parallel(layer_of, list(pairs.values()), at_once), strict=True))
     notes = []
     if unused := sorted(set(others) - {*LABELS}):
         notes.append(f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}")
     return as_spectra(layers, sizes=sizes, names=names, notes=notes + about_layers(layers), recipes=recipes)
 
 
-def pair_spectra(file: Any, pair: dict[str, str], rank: int, device: str, models: list[str], shard: str) -> Layer:
-    """One layer of all models in an open parquet file; `models` and `shard` are what a message calls them.
+def pair_spectra(path: Path, metadata: Any, pair: dict[str, str], rank: int, device: str, models: list[str]) -> Layer:
+    """One layer of all models in a parquet file of this metadata; `models` is what a message calls them.
 
     Raises:
-        DsireError: a column doesn't fit, or holds a weight that is not finite; the message names it, and the model.
+        DsireError: the file can't be read, a column doesn't fit, or holds a weight that is not finite, of which the
+            message names the model; or the device can't compute the spectra.
     """
-    columns = {part: name for part, name in pair.items() if part != "magnitude"}
-    table = file.read([*columns.values()], use_threads=False)
-    flat = {part: matrix_values(table.column(name), name, rank, shard) for part, name in columns.items()}
-    a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
-    if "mid" in flat:
-        if flat["mid"].shape[1] % rank**2:
+    import pyarrow.parquet as pq
+
+    columns, shard = {part: name for part, name in pair.items() if part != "magnitude"}, path.name
+    with reading(path, "parquet"):
+        with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as file:  # each thread its own
+            table = file.read([*columns.values()], use_threads=False)
+        flat = {part: matrix_values(table.column(name), name, rank, shard) for part, name in columns.items()}
+        a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
+        if "mid" in flat and flat["mid"].shape[1] % rank**2:
             raise in_column(shard, pair["mid"], f"has {flat['mid'].shape[1]} numbers a row, not r x r x k")
-        a = with_middle(a, flat["mid"].view(len(table), rank, rank, -1))
     try:
-        spectra = dict(zip(MATRICES, batch_spectra(a, b, device), strict=True))
+        with computing(device, shard):
+            if "mid" in flat:
+                a = with_middle(a, flat["mid"].view(len(table), rank, rank, -1))
+            spectra = dict(zip(MATRICES, batch_spectra(a, b, device), strict=True))
         if "alpha" in flat:
             spectra["BA"] *= flat["alpha"].abs() / rank
         if not all(its.isfinite().all() for its in spectra.values()):
@@ -2374,10 +2402,11 @@ def full_layer(weights: Weights, layer: str, key: str, base: Base, count: int, d
     facts = {"unchanged": torch.equal(new.to(coarse), old.to(coarse)), "change": norm**2, "rounding": rounding**2}
     facts["foreign"] = norm > FOREIGN * float(torch.linalg.vector_norm(old))
     del new, old, last_digit  # a model's largest matrices take hundreds of megabytes each
-    try:
-        spectrum = matrix_spectrum(change.to(device), count).cpu()
-    except torch.cuda.OutOfMemoryError:
-        spectrum = matrix_spectrum(change, count)
+    with computing(device):
+        try:
+            spectrum = matrix_spectrum(change.to(device), count).cpu()
+        except torch.cuda.OutOfMemoryError:
+            spectrum = matrix_spectrum(change, count)
     return Layer([*change.shape], {"BA": spectrum}, facts, f"full fine-tune in {str(coarse).removeprefix('torch.')}")
 
 
@@ -2416,7 +2445,8 @@ def lokr_change(parts: dict[str, Tensor], count: int) -> tuple[list[int], Tensor
     for number in (1, 2):
         if f"lokr_w{number}" in parts:
             matrix = parts[f"lokr_w{number}"].flatten(1)
-            out, into, its = *matrix.shape, matrix_spectrum(matrix, min(matrix.shape))
+            with computing():
+                out, into, its = *matrix.shape, matrix_spectrum(matrix, min(matrix.shape))
         else:
             a, b = two_factors(parts, f"lokr_w{number}", f"lokr_t{number}")
             out, into, its = len(b), a.shape[1], product_spectrum(b, a, len(a))
@@ -2434,7 +2464,8 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
         if "A" in pair:
             a, b = lora_matrices(weights, pair)
             scale, shape = scale_of(weights, pair, settings, len(a)), [len(b), a.shape[1], len(a)]
-            of_a, of_b, unscaled = lora_spectra(a, b)
+            with computing():
+                of_a, of_b, unscaled = lora_spectra(a, b)
             spectra = {part: of_a if part == "A" else of_b for part in pair if part in ("A", "B")}
         else:
             if "magnitude" in pair:
@@ -2451,7 +2482,8 @@ def adapter_layer(weights: Weights, layer: str, pair: dict[str, str], base: Base
             old = old.mT if settings.get("fan_in_fan_out") else old  # GPT-2's layers
             by_input = "dora_scale" in pair["magnitude"] and len(magnitude) == 1 < magnitude.numel()  # of LyCORIS
             change = dora_change(b, a, scale, old, magnitude.flatten(), by_input)
-            spectra["BA"] = matrix_spectrum(change, count)
+            with computing():
+                spectra["BA"] = matrix_spectrum(change, count)
     except RuntimeError as error:
         raise DsireError(f"{file}: {keys} do not fit each other ({shown(error)})") from error
     unstated = "alpha" not in pair and "lora_alpha" not in settings
@@ -3856,12 +3888,16 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def choose_device(name: str | None) -> str:
-    """The device to compute on, which must have float64: the one that is named, or this process's GPU, or the CPU."""
+    """The device to compute on, which must have float64: the one that is named, or this process's GPU, or the CPU.
+
+    It is warmed up here, before any thread computes on it.
+    """
     if name is None:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
     try:
         torch.zeros(1, dtype=torch.float64, device=name).cpu()
+        warm_up(name)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise DsireError(f"--device={name} can't be used here ({shown(error)}); try --device=cpu") from error
     return name

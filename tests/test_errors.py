@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import LAYERS, Run, change, models_of, parquet_files, table_of, write_folder
+from safetensors.torch import save_file
+
+import dsire
 
 DOWN, UP = (f"{LAYERS[1]}.lora.{word}.weight" for word in ("down", "up"))
 LENGTH = 4 * 24  # of DOWN's rows
@@ -154,6 +160,72 @@ def test_a_file_that_is_not_whole(run: Run, folder: Path, spoil: Callable[[bytes
     file = parquet_files(folder)[1]
     file.write_bytes(spoil(file.read_bytes()))
     assert run(f"--dataset={folder}", "--subset=low_4").says(file.name, "delete")
+
+
+def fails_in_threads(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let what computes eigenvalues fail wherever spectra of models are computed."""
+    compute = torch.linalg.eigvalsh
+
+    def eigvalsh(matrices: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is threading.main_thread():
+            return compute(matrices)
+        raise error
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", eigvalsh)
+
+
+COMPUTING = [RuntimeError("CUDA error: an illegal access"), torch.linalg.LinAlgError("linalg.eigh: no convergence")]
+
+
+@pytest.mark.parametrize("error", COMPUTING, ids=["RuntimeError", "LinAlgError"])
+def test_a_fault_of_computing_is_not_the_files(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fails_in_threads(monkeypatch, error)
+    outcome = run(f"--dataset={folder}")
+    assert outcome.says("train-00000-of-00003.parquet: the spectra can't be computed on cpu", str(error))
+    assert not re.search("delete|read|fetch|try --device", outcome.err)
+
+
+def test_a_fault_of_computing_on_a_gpu_says_what_to_try(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(a: torch.Tensor, b: torch.Tensor, device: str) -> torch.Tensor:
+        raise COMPUTING[0]
+
+    monkeypatch.setattr(dsire, "batch_spectra", lost)
+    with pytest.raises(dsire.DsireError, match=r"on cuda:1 \(CUDA error: an illegal access\); try --device=cpu$"):
+        dsire.shard_spectra(parquet_files(folder)[0], 4, "cuda:1")
+
+
+KINDS = {
+    "LoRA": {"lora_A.weight": (4, 16), "lora_B.weight": (24, 4)},
+    "LoHa": {"hada_w1_a": (24, 2), "hada_w1_b": (2, 16), "hada_w2_a": (24, 2), "hada_w2_b": (2, 16)},
+    "LoKr": {"lokr_w1": (4, 4), "lokr_w2": (6, 4)},
+    "full": {"weight": (24, 16)},
+}
+
+
+@pytest.mark.parametrize("shapes", KINDS.values(), ids=KINDS)
+def test_a_fault_of_computing_is_not_that_matrices_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: dict[str, tuple[int, int]]
+) -> None:
+    tensors = {f"{LAYERS[0]}.{part}": torch.randn(shape) for part, shape in shapes.items()}
+    save_file(tensors, tmp_path / "one.safetensors")
+    save_file({key: 0.9 * tensor for key, tensor in tensors.items()}, tmp_path / "base.safetensors")
+    base = dsire.open_base(str(tmp_path / "base.safetensors"), tmp_path) if "weight" in shapes else None
+    assert dsire.file_spectra(tmp_path / "one.safetensors", base).voters
+    fails_in_threads(monkeypatch, COMPUTING[0])
+    with pytest.raises(
+        dsire.DsireError, match=r"^the spectra can't be computed on cpu \(CUDA error: an illegal access\)$"
+    ):
+        dsire.file_spectra(tmp_path / "one.safetensors", base)
+
+
+def test_a_device_without_the_routines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(device: str) -> None:
+        raise RuntimeError("cusolver is not there")
+
+    monkeypatch.setattr(dsire, "warm_up", missing)
+    assert run().says("--device=cpu can't be used here (cusolver is not there)")
 
 
 def test_damage_in_the_middle_of_a_file(run: Run, folder: Path) -> None:

@@ -1,17 +1,62 @@
-"""A GPU gives what the CPU gives, and a batch that its memory can't hold is halved."""
+"""A GPU gives what the CPU gives, from a process's first call on, and a batch that its memory can't hold is halved."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import RANK, ROOT, Run, parquet_files, split_of
+from conftest import LAYERS, RANK, ROOT, Run, change, models_of, parquet_files, split_of, table_of, write_folder
 from test_votes import by_brute_force, models_that_share_spectra, spectra_of
 
 import dsire
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+
+
+@on_gpu
+def test_the_command_in_a_new_process(run_anew: Run) -> None:
+    """What a GPU's owner does first, with an empty cache: nothing else of this process has warmed the GPU up."""
+    there = run_anew("--device=cuda")
+    here = run_anew("--cache_dir=another")
+    assert (there.code, there.out, there.predictions) == (0, here.out, here.predictions), there.err
+
+
+ROUTINES = ("cholesky_ex", "eigvalsh", "qr", "svdvals")
+
+
+@pytest.fixture
+def from_threads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Routines that load at their first call, which fails from a thread as CUDA's may; the ones that threads called."""
+    loaded, called = set(), set()
+
+    def loading(name: str, routine: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                loaded.add(name)
+            else:
+                called.add(name)
+            if name not in loaded:
+                raise RuntimeError("lazy wrapper should be called at most once")
+            return routine(*arguments, **options)
+
+        return call
+
+    for name in ROUTINES:
+        monkeypatch.setattr(torch.linalg, name, loading(name, getattr(torch.linalg, name)))
+    return called
+
+
+def test_threads_do_not_make_the_first_call(run: Run, tmp_path: Path, from_threads: set[str]) -> None:
+    """Whatever the device; a matrix that lacks rank takes the way by QR."""
+    column = f"{LAYERS[0]}.lora.down.weight"
+    table = change(table_of(models_of(18)), column, 5, lambda values: values[: len(values) // 4] * 4)
+    done = run(f"--dataset={write_folder(tmp_path / 'wise', [table])}")
+    assert done.code == 0, done.err
+    assert from_threads == {*ROUTINES}
 
 
 def pair(models: int, rank: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
