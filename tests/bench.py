@@ -229,7 +229,7 @@ def bench_full_fine_tune(folder: Path) -> None:
     save_file({key: old + 1e-3 * torch.randn(old.shape, generator=draw) for key, old in weights.items()}, file)
 
     def ours() -> None:
-        dsire.file_spectra(file, dsire.open_base(str(base), folder))
+        dsire.file_spectra(file, dsire.open_base(base))
 
     def plain() -> None:
         new, old = load_file(file), load_file(base)

@@ -22,7 +22,7 @@ import pytest
 from hub_stand_in import HubStandIn
 from hypothesis import settings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(os.environ.get("DSIRE_ROOT", Path(__file__).resolve().parent.parent))
 TINY_WISE = ROOT / "tests" / "tiny_wise"
 
 # huggingface_hub reads its environment when it is imported: one address of the stand-in for all tests of this process.
@@ -112,7 +112,7 @@ def tiny_wise() -> Path:
 def shipped(tiny_wise: Path) -> dsire.Spectra:
     """The spectra of the subset that ships."""
     files = parquet_files(tiny_wise / "low" / "4")
-    return dsire.join_shards([dsire.shard_spectra(file, RANK) for file in files], [str(file) for file in files])
+    return dsire.join([dsire.shard_spectra(file, RANK) for file in files], [str(file) for file in files])
 
 
 def split_of(train: Iterable[int], test: Iterable[int]) -> dsire.Split:

@@ -1,7 +1,5 @@
 """A stand-in for the Hugging Face Hub: serves local folders as repositories, on this machine only.
 
-    python tests/hub_stand_in.py FOLDER --repository owner/name [--kind dataset|model] [--port P]
-
 It speaks as much of the Hub's HTTP API as `huggingface_hub` and `datasets` need to describe, list and download a
 repository, so that they run unchanged against it when HF_ENDPOINT is its address. In a test:
 
@@ -17,14 +15,12 @@ A resumed download asks for a range only behind whole chunks of huggingface_hub'
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
 import re
 import socket
-import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -35,7 +31,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 LFS_SUFFIXES = (".arrow", ".bin", ".npy", ".npz", ".parquet", ".pt", ".pth", ".safetensors", ".zip")
 BLOCK = 64 * 1024
@@ -44,8 +40,6 @@ REPOSITORY = r"(?P<owner>[^/]+)/(?P<name>[^/]+)"
 API = rf"/api/(?P<kind>dataset|model)s/{REPOSITORY}"
 ROUTES = {  # the method of Handler that answers -> the paths it answers for (still percent-encoded)
     "describe": re.compile(rf"{API}(/revision/(?P<revision>[^/]+))?"),
-    "list_tree": re.compile(rf"{API}/tree/(?P<revision>[^/]+)(/(?P<path>.*))?"),
-    "describe_paths": re.compile(rf"{API}/paths-info/(?P<revision>[^/]+)"),
     "resolve": re.compile(rf"/((?P<kind>dataset)s/)?{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
     "download": re.compile(rf"/cdn/(?P<kind>dataset|model)s/{REPOSITORY}/(?P<sha256>[0-9a-f]{{64}})/(?P<path>.+)"),
 }
@@ -98,17 +92,10 @@ class StoredFile:
     def etag(self) -> str:
         return self.sha256 if self.is_lfs else self.git_sha1
 
-    def as_entry(self) -> dict[str, Any]:
-        """The file as a tree listing or `paths-info` shows it."""
-        entry = {"type": "file", "oid": self.git_sha1, "size": self.size, "path": self.path}
-        return {**entry, "lfs": {"oid": self.sha256, "size": self.size, "pointerSize": 134}} if self.is_lfs else entry
-
     def as_sibling(self) -> dict[str, Any]:
         """The file as the description of its repository shows it."""
-        entry = {"rfilename": self.path, "size": self.size, "blobId": self.git_sha1}
-        return (
-            {**entry, "lfs": {"sha256": self.sha256, "size": self.size, "pointerSize": 134}} if self.is_lfs else entry
-        )
+        lfs = {"lfs": {"sha256": self.sha256, "size": self.size, "pointerSize": 134}} if self.is_lfs else {}
+        return {"rfilename": self.path, "size": self.size, "blobId": self.git_sha1, **lfs}
 
 
 @cache
@@ -156,31 +143,6 @@ def commit_of(files: dict[str, StoredFile]) -> str:
     return hashlib.sha1("".join(f"{path}\0{file.sha256}\n" for path, file in files.items()).encode()).hexdigest()
 
 
-def paths_in(files: dict[str, StoredFile], folder: str, recursive: bool) -> list[str]:
-    """The files and folders in a folder ("" for all), each folder before what it holds."""
-    start = f"{folder}/" if folder else ""
-    found: dict[str, None] = {}
-    for path in files:
-        if path.startswith(start):
-            parts = path[len(start) :].split("/")
-            depths = range(1, len(parts) + 1) if recursive else [1]
-            found.update(dict.fromkeys(start + "/".join(parts[:depth]) for depth in depths))
-    return list(found)
-
-
-def entries_at(files: dict[str, StoredFile], paths: list[str]) -> list[dict[str, Any]]:
-    """The files and folders at these paths as a listing shows them, without those that do not exist."""
-    found = []
-    for path in paths:
-        inside = [file.etag for name, file in files.items() if name.startswith(f"{path}/")]
-        if path in files:
-            found.append(files[path].as_entry())
-        elif inside:
-            oid = hashlib.sha1("".join(inside).encode()).hexdigest()
-            found.append({"type": "directory", "oid": oid, "size": 0, "path": path})
-    return found
-
-
 @dataclass
 class Fault:
     kind: str
@@ -189,9 +151,6 @@ class Fault:
     after: int = 0
     seconds: float = 0
     status: int = 0
-    retry_after: int | None = None
-    reset: bool = False
-    method: str | None = None
 
 
 class Faults:
@@ -205,20 +164,13 @@ class Faults:
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
 
-    def cut(self, pattern: str, after: int, times: int | None = 1, reset: bool = False) -> None:
-        """Close the connection after this many bytes of a body; `reset` does it hard (RST), as a dying peer does."""
-        self._faults.append(Fault("cut", pattern, times, after=after, reset=reset))
+    def cut(self, pattern: str, after: int, times: int | None = 1) -> None:
+        """Close the connection after this many bytes of a body."""
+        self._faults.append(Fault("cut", pattern, times, after=after))
 
-    def status(
-        self,
-        pattern: str,
-        status: int,
-        times: int | None = 1,
-        retry_after: int | None = None,
-        method: str | None = None,
-    ) -> None:
-        """Answer with this status (429, 500, ...) instead, perhaps with Retry-After, perhaps to one `method` only."""
-        self._faults.append(Fault("status", pattern, times, status=status, retry_after=retry_after, method=method))
+    def status(self, pattern: str, status: int, times: int | None = 1) -> None:
+        """Answer with this status (429, 500, ...) instead."""
+        self._faults.append(Fault("status", pattern, times, status=status))
 
     def delay(self, pattern: str, seconds: float, times: int | None = 1) -> None:
         """Wait before an answer, also before one without a body (HEAD); the request is in the log after that."""
@@ -235,11 +187,11 @@ class Faults:
     def clear(self) -> None:
         self._faults.clear()
 
-    def take(self, kind: str, method: str, path: str, length: int = sys.maxsize) -> Fault | None:
+    def take(self, kind: str, path: str, length: int = sys.maxsize) -> Fault | None:
         """The fault for this request, if any: it counts as used. `length` is that of the body."""
         with self._lock:
             for fault in list(self._faults):
-                fits = fault.kind == kind and fault.method in (None, method) and fnmatchcase(path, fault.pattern)
+                fits = fault.kind == kind and fnmatchcase(path, fault.pattern)
                 if fits and fault.times != 0 and fault.after < length:
                     fault.times = None if fault.times is None else fault.times - 1
                     return fault
@@ -257,22 +209,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         self.location, self.query = unquote(address.path), parse_qs(address.query)
-        # Read in any case: an unread body would be taken for the next request of this connection.
-        self.form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode(errors="replace"))
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
         faults = self.server.hub.faults
-        if delay := faults.take("delay", self.command, self.location):
+        if delay := faults.take("delay", self.location):
             self.server.hub.stopping.wait(delay.seconds)
-        if fault := faults.take("status", self.command, self.location):
-            later = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-            self.send(as_json({"error": f"Fault {fault.status}"}, fault.status, later))
+        if fault := faults.take("status", self.location):
+            self.send(as_json({"error": f"Fault {fault.status}"}, fault.status))
             return
         try:
             self.send(self.answer(address.path))
         except Refusal as refusal:
             self.send(refusal.answer)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
     def answer(self, encoded_path: str) -> Answer:
         for name, route in ROUTES.items():
@@ -299,29 +248,13 @@ class Handler(BaseHTTPRequestHandler):
         return getattr(self, name)(parts.get("path", ""))
 
     def describe(self, _: str) -> Answer:
-        siblings = [
-            file.as_sibling() if "blobs" in self.query else {"rfilename": file.path} for file in self.files.values()
-        ]
+        full = "blobs" in self.query
+        siblings = [file.as_sibling() if full else {"rfilename": file.path} for file in self.files.values()]
         name, gated = self.repository.name, "manual" if self.repository.token is not None else False
         always = {"private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
         dates = {"lastModified": SOME_DATE, "createdAt": SOME_DATE}
         own = {"id": name, "author": name.split("/")[0], "sha": self.commit, "gated": gated, "siblings": siblings}
         return as_json({**own, **always, **dates})
-
-    def list_tree(self, folder: str) -> Answer:
-        folder = folder.strip("/")
-        paths = paths_in(self.files, folder, recursive=self.query.get("recursive", [""])[0].lower() == "true")
-        if folder and not paths:
-            raise Refusal(404, "EntryNotFound", f"{folder} does not exist on this revision")
-        first, size = int(self.query.get("cursor", ["0"])[0]), self.server.hub.page_size
-        headers = {}
-        if first + size < len(paths):
-            query = urlencode({**self.query, "cursor": first + size}, doseq=True)
-            headers["Link"] = f'<{self.server.hub.endpoint}{urlsplit(self.path).path}?{query}>; rel="next"'
-        return as_json(entries_at(self.files, paths[first : first + size]), headers=headers)
-
-    def describe_paths(self, _: str) -> Answer:
-        return as_json(entries_at(self.files, self.form.get("paths", [])))
 
     def resolve(self, path: str) -> Answer:
         file = self.files.get(path)
@@ -368,7 +301,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_body(self, request: Request, body: bytes | Path, first: int, last: int) -> None:
         def fault(kind: str) -> Fault | None:
-            return self.server.hub.faults.take(kind, self.command, self.location, length=last - first)
+            return self.server.hub.faults.take(kind, self.location, length=last - first)
 
         flip, stall, cut = fault("flip"), fault("stall"), fault("cut")
         with body.open("rb") if isinstance(body, Path) else BytesIO(body) as stream:
@@ -381,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
                 first = pause
             self.send_bytes(request, stream, first, end, middle)
         if cut:
-            self.cut_connection(cut.reset)
+            self.close_connection = True
 
     def send_bytes(self, request: Request, stream: Any, first: int, last: int, flipped: int | None) -> None:
         stream.seek(first)
@@ -391,13 +324,6 @@ class Handler(BaseHTTPRequestHandler):
             request.sent += len(block)
             self.wfile.write(block)
             first += len(block)
-
-    def cut_connection(self, reset: bool) -> None:
-        self.close_connection = True
-        if reset:  # only a socket that is closed at once, and by nothing but close, sends RST
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.rfile.close()
-            self.connection.close()
 
 
 def read_span(start: str, end: str, size: int) -> tuple[int, int]:
@@ -441,15 +367,13 @@ class HubStandIn:
     """The Hub with one repository, or more after `add`. Serves inside `with`, or from `start` to `stop`.
 
     `requests` is the log and `faults` what goes wrong; both may be changed while it serves. A started stand-in that
-    was stopped comes back at the same address. `page_size` is the number of entries in a page of a tree listing.
+    was stopped comes back at the same address.
     """
 
-    def __init__(
-        self, folder: str | Path, repository: str, *, port: int = 0, page_size: int = 1000, **options: Any
-    ) -> None:
+    def __init__(self, folder: str | Path, repository: str, *, port: int = 0, **options: Any) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.repository = self.add(folder, repository, **options)
-        self.port, self.page_size = port, page_size
+        self.port = port
         self.requests: list[Request] = []
         self.faults = Faults()
         self.stopping = threading.Event()
@@ -496,23 +420,3 @@ class HubStandIn:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve a folder as a repository of a stand-in for the Hub.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--repository", required=True, metavar="OWNER/NAME")
-    parser.add_argument("--kind", choices=["dataset", "model"], default="dataset")
-    parser.add_argument("--token", help="make the repository gated: only this token opens it")
-    parser.add_argument("--port", type=int, default=0, help="default: any free port")
-    options = vars(parser.parse_args())
-    with HubStandIn(**options) as hub:
-        print(hub.endpoint, flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print()
-
-
-if __name__ == "__main__":
-    main()

@@ -194,6 +194,32 @@ def assert_spectra(found: dsire.Spectra, expected: dict[dsire.Voter, Tensor], ma
             assert torch.allclose(values, wanted, rtol=0, atol=1e-9 * float(wanted[0])), voter
 
 
+def changes(found: dsire.Spectra) -> dict[str, Tensor]:
+    """Layer -> spectrum of the change of its weights."""
+    rows = zip(found.voters, found.values[:, 0], strict=True)
+    return {voter.layer: values for voter, values in rows if voter.matrix == "BA"}
+
+
+def assert_changes(found: dsire.Spectra, expected: dict[str, Tensor], digits: float = 1e-9, count: int = 32) -> None:
+    """The same layers, and for each the largest singular values of the full matrix, worked out in float64."""
+    its = changes(found)
+    assert its.keys() == expected.keys()
+    for layer, values in its.items():
+        wanted = torch.linalg.svdvals(expected[layer].detach().double().flatten(1))[:count]
+        width = max(len(values), len(wanted))
+        assert (dsire.of_rank(values, width) - dsire.of_rank(wanted, width)).abs().max() <= digits * wanted[0], layer
+        assert found.shapes[layer][:2] == list(expected[layer].flatten(1).shape)
+
+
+def refusal(file: Path, base: dsire.Weights | None = None) -> str:
+    """What is said of a file that is refused: one line, that does not name it: whoever asks knows what it is called."""
+    with pytest.raises(dsire.DsireError) as error:
+        dsire.file_spectra(file, base)
+    assert not str(error.value).startswith((str(file), file.name))
+    assert "\n" not in dsire.shown(error.value)
+    return str(error.value)
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Break off what takes longer."""

@@ -20,9 +20,11 @@ import dsire
 
 DOWN, UP = (f"{LAYERS[1]}.lora.{word}.weight" for word in ("down", "up"))
 LENGTH = 4 * 24  # of DOWN's rows
+NAME, SIZE = models_of(18)[70]
+Edit = Callable[[pa.Table], pa.Table]
 
 
-def folder_of(tmp_path: Path, *edits: Callable[[pa.Table], pa.Table], **options: Any) -> Path:
+def folder_of(tmp_path: Path, *edits: Edit, **options: Any) -> Path:
     """18 micro-datasets in one shard for each edit."""
     models = models_of(18)
     parts = np.array_split(np.arange(len(models)), len(edits))
@@ -47,11 +49,8 @@ def test_several_subsets_and_none_chosen(run: Run, folder: Path, tmp_path: Path)
     assert run(f"--dataset={folder}").says("--subset", "low_4", "medium_4")
 
 
-def test_no_such_folder(run: Run) -> None:
+def test_no_such_folder_and_one_without_weights(run: Run, tmp_path: Path) -> None:
     assert run("--dataset=./nowhere", "--subset=low_4").says("./nowhere")
-
-
-def test_a_folder_without_weights(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert run(f"--dataset={tmp_path / 'empty'}").says(str(tmp_path / "empty"))
 
@@ -63,28 +62,13 @@ def test_a_subset_without_parquet(run: Run, tmp_path: Path) -> None:
     pq.write_table(pa.table({"label": [1]}), folder / "stray.parquet")
     configs = "configs:\n- config_name: low_4\n  data_files: low/4/train.csv\n"
     (folder / "README.md").write_text(f"---\n{configs}---\n")
-    assert run(f"--dataset={folder}", "--subset=low_4").says("low_4", "train.csv", "parquet")
+    assert run(f"--dataset={folder}", "--subset=low_4").says(str(folder), "train.csv", "parquet")
 
 
-def test_a_rank_that_does_not_divide(run: Run, tmp_path: Path) -> None:
+def test_the_rank(run: Run, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, as_it_is, subset="mine")
     assert run(f"--dataset={folder}", "--rank=7").says(".lora.", ".weight", "--rank=7", str(4 * 16))
-
-
-def test_no_rank_in_the_name(run: Run, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, as_it_is, subset="mine")
     assert run(f"--dataset={folder}").says("mine", "--rank")
-
-
-@pytest.mark.parametrize(("lone", "partner"), [(DOWN, UP), (UP, DOWN)], ids=["A without B", "B without A"])
-def test_a_matrix_without_its_partner(run: Run, tmp_path: Path, lone: str, partner: str) -> None:
-    folder = folder_of(tmp_path, lambda table: table.drop_columns([partner]))
-    assert run(f"--dataset={folder}").says(lone)
-
-
-def test_lengths_that_differ_between_rows(run: Run, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, lambda table: change(table, DOWN, 5, lambda values: values * 2))
-    assert run(f"--dataset={folder}").says(DOWN, str(LENGTH), str(2 * LENGTH))
 
 
 def twice_as_long(table: pa.Table, first: int = 0) -> pa.Table:
@@ -93,73 +77,72 @@ def twice_as_long(table: pa.Table, first: int = 0) -> pa.Table:
     return table.set_column(table.column_names.index(DOWN), DOWN, pa.array(rows, pa.list_(pa.float64())))
 
 
-def test_lengths_that_differ_between_row_groups(run: Run, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, lambda table: twice_as_long(table, first=54), row_group_size=54)
-    assert run(f"--dataset={folder}").says(DOWN, str(LENGTH), str(2 * LENGTH))
+def with_column(name: str, values: Callable[[pa.Table], list[Any]]) -> Edit:
+    return lambda table: table.set_column(table.column_names.index(name), name, pa.array(values(table)))
 
 
-def test_lengths_that_differ_between_shards(run: Run, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, as_it_is, twice_as_long)
-    assert run(f"--dataset={folder}").says("mid_block", "24", "48", "train-00001-of-00002.parquet")
+def bad_at_70(column: str, bad: float) -> Edit:
+    return lambda table: change(table, column, 70, lambda values: [*values[:-1], bad])
 
 
-def test_a_layer_that_another_shard_lacks(run: Run, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, as_it_is, lambda table: table.drop_columns([DOWN, UP]))
-    assert run(f"--dataset={folder}").says("mid_block", "00000-of-00002", "00001-of-00002")
+TABLES: dict[str, tuple[Edit, int, list[str]]] = {  # an edit, rows in a row group, and what is said
+    "A without B": (lambda table: table.drop_columns([UP]), 108, [DOWN]),
+    "B without A": (lambda table: table.drop_columns([DOWN]), 108, [UP]),
+    "no label": (lambda table: table.drop_columns(["label"]), 108, ["label", ".parquet"]),
+    "no name": (lambda table: table.drop_columns(["name"]), 108, ["name", ".parquet"]),
+    "size 0": (with_column("label", lambda table: [0, *table["label"].to_pylist()[1:]]), 108, ["label", "0"]),
+    "size -3": (with_column("label", lambda table: [-3, *table["label"].to_pylist()[1:]]), 108, ["label", "-3"]),
+    "rows": (lambda table: twice_as_long(table, 5), 108, [DOWN, str(LENGTH), str(2 * LENGTH)]),
+    "row groups": (lambda table: twice_as_long(table, 54), 54, [DOWN, str(LENGTH), str(2 * LENGTH)]),
+    "NaN": (bad_at_70(UP, float("nan")), 108, [f"model {NAME} of size {SIZE}", UP]),
+    "inf": (bad_at_70(UP, float("inf")), 108, [f"model {NAME} of size {SIZE}", UP]),
+    "NaN in a later row group": (bad_at_70(DOWN, float("nan")), 30, [f"model {NAME} of size {SIZE}", DOWN]),
+    "null": (lambda table: change(table, UP, 3, lambda values: None), 108, [UP, "null"]),
+    "no list": (with_column(UP, lambda table: [1.0] * len(table)), 108, [UP, "double"]),
+}
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite(run: Run, tmp_path: Path, bad: float) -> None:
-    name, size = models_of(18)[70]
-    folder = folder_of(tmp_path, lambda table: change(table, UP, 70, lambda values: [*values[:-1], bad]))
-    assert run(f"--dataset={folder}").says(f"model {name} of size {size}", UP)
+@pytest.mark.parametrize("fault", TABLES)
+def test_a_table_that_cannot_be_right(fault: str, run: Run, tmp_path: Path) -> None:
+    edit, rows, parts = TABLES[fault]
+    folder = folder_of(tmp_path, edit, row_group_size=rows)
+    assert run(f"--dataset={folder}").says("train-00000-of-00001.parquet", *parts)
 
 
-def test_a_weight_that_is_not_finite_in_a_later_row_group(run: Run, tmp_path: Path) -> None:
-    name, size = models_of(18)[70]
-    edit: Callable[[list[float]], list[float]] = lambda values: [float("nan"), *values[1:]]  # noqa: E731
-    folder = folder_of(tmp_path, lambda table: change(table, DOWN, 70, edit), row_group_size=30)
-    assert run(f"--dataset={folder}").says(f"model {name} of size {size}", DOWN)
-
-
-def test_a_matrix_that_is_missing(run: Run, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, lambda table: change(table, UP, 3, lambda values: None))
-    assert run(f"--dataset={folder}").says(UP, "null")
-
-
-def test_a_column_that_is_no_list(run: Run, tmp_path: Path) -> None:
-    def flattened(table: pa.Table) -> pa.Table:
-        return table.set_column(table.column_names.index(UP), UP, pa.array([1.0] * len(table)))
-
-    assert run(f"--dataset={folder_of(tmp_path, flattened)}").says(UP, "double")
-
-
-@pytest.mark.parametrize("column", ["label", "name"])
-def test_a_missing_label_or_name(run: Run, tmp_path: Path, column: str) -> None:
-    folder = folder_of(tmp_path, lambda table: table.drop_columns([column]))
-    assert run(f"--dataset={folder}").says(column, ".parquet")
-
-
-@pytest.mark.parametrize("size", [0, -3])
-def test_a_size_that_is_none(run: Run, tmp_path: Path, size: int) -> None:
-    def edit(table: pa.Table) -> pa.Table:
-        return table.set_column(0, "label", pa.array([size, *table.column("label").to_pylist()[1:]]))
-
-    assert run(f"--dataset={folder_of(tmp_path, edit)}").says("label", str(size))
+@pytest.mark.parametrize("edit", [twice_as_long, lambda table: table.drop_columns([DOWN, UP])])
+def test_a_layer_that_is_another_one_in_another_shard(edit: Edit, run: Run, tmp_path: Path) -> None:
+    """It is left out, and that is said."""
+    outcome = run(f"--dataset={folder_of(tmp_path, as_it_is, edit)}")
+    assert "2 layers of rank 4" in outcome.out
+    (note,) = (note for note in outcome.report["notes"] if "1 layer left out" in note)
+    assert "mid_block" in note
+    assert "train-00001-of-00002.parquet" in note
 
 
 SPOILT: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda content: content[: len(content) // 2],
     "no parquet": lambda content: b"<html>not found</html>",
     "empty": lambda content: b"",
+    "damaged": lambda content: content[: len(content) // 3] + b"\xff" + content[len(content) // 3 + 1 :],
 }
 
 
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 def test_a_file_that_is_not_whole(run: Run, folder: Path, spoil: Callable[[bytes], bytes]) -> None:
+    """Nothing that is damaged is taken for weights: the page's checksum tells."""
     file = parquet_files(folder)[1]
+    pq.write_table(pq.read_table(file), file, write_page_checksum=True)
     file.write_bytes(spoil(file.read_bytes()))
-    assert run(f"--dataset={folder}", "--subset=low_4").says(file.name, "delete")
+    assert run(f"--dataset={folder}", "--subset=low_4").says(file.name, "parquet")
+
+
+COMPUTING = [RuntimeError("CUDA error: an illegal access"), torch.linalg.LinAlgError("linalg.eigh: no convergence")]
+KINDS = {
+    "LoRA": {"lora_A.weight": (4, 16), "lora_B.weight": (24, 4)},
+    "LoHa": {"hada_w1_a": (24, 2), "hada_w1_b": (2, 16), "hada_w2_a": (24, 2), "hada_w2_b": (2, 16)},
+    "LoKr": {"lokr_w1": (4, 4), "lokr_w2": (6, 4)},
+    "full": {"weight": (24, 16)},
+}
 
 
 def fails_in_threads(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -174,34 +157,14 @@ def fails_in_threads(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(torch.linalg, "eigvalsh", eigvalsh)
 
 
-COMPUTING = [RuntimeError("CUDA error: an illegal access"), torch.linalg.LinAlgError("linalg.eigh: no convergence")]
-
-
 @pytest.mark.parametrize("error", COMPUTING, ids=["RuntimeError", "LinAlgError"])
 def test_a_fault_of_computing_is_not_the_files(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     fails_in_threads(monkeypatch, error)
     outcome = run(f"--dataset={folder}")
-    assert outcome.says("train-00000-of-00003.parquet: the spectra can't be computed on cpu", str(error))
-    assert not re.search("delete|read|fetch|try --device", outcome.err)
-
-
-def test_a_fault_of_computing_on_a_gpu_says_what_to_try(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(a: torch.Tensor, b: torch.Tensor, device: str) -> torch.Tensor:
-        raise COMPUTING[0]
-
-    monkeypatch.setattr(dsire, "batch_spectra", lost)
-    with pytest.raises(dsire.DsireError, match=r"on cuda:1 \(CUDA error: an illegal access\); try --device=cpu$"):
-        dsire.shard_spectra(parquet_files(folder)[0], 4, "cuda:1")
-
-
-KINDS = {
-    "LoRA": {"lora_A.weight": (4, 16), "lora_B.weight": (24, 4)},
-    "LoHa": {"hada_w1_a": (24, 2), "hada_w1_b": (2, 16), "hada_w2_a": (24, 2), "hada_w2_b": (2, 16)},
-    "LoKr": {"lokr_w1": (4, 4), "lokr_w2": (6, 4)},
-    "full": {"weight": (24, 16)},
-}
+    assert outcome.says("train-00000-of-00003.parquet: the spectra", "can't be computed", str(error))
+    assert not re.search("delete|read|fetch", outcome.err)
 
 
 @pytest.mark.parametrize("shapes", KINDS.values(), ids=KINDS)
@@ -211,12 +174,10 @@ def test_a_fault_of_computing_is_not_that_matrices_do_not_fit(
     tensors = {f"{LAYERS[0]}.{part}": torch.randn(shape) for part, shape in shapes.items()}
     save_file(tensors, tmp_path / "one.safetensors")
     save_file({key: 0.9 * tensor for key, tensor in tensors.items()}, tmp_path / "base.safetensors")
-    base = dsire.open_base(str(tmp_path / "base.safetensors"), tmp_path) if "weight" in shapes else None
+    base = dsire.open_base(tmp_path / "base.safetensors") if "weight" in shapes else None
     assert dsire.file_spectra(tmp_path / "one.safetensors", base).voters
     fails_in_threads(monkeypatch, COMPUTING[0])
-    with pytest.raises(
-        dsire.DsireError, match=r"^the spectra can't be computed on cpu \(CUDA error: an illegal access\)$"
-    ):
+    with pytest.raises(dsire.DsireError, match=r"^the spectra .*can't be computed.*\(CUDA error: an illegal access\)"):
         dsire.file_spectra(tmp_path / "one.safetensors", base)
 
 
@@ -228,43 +189,16 @@ def test_a_device_without_the_routines(run: Run, monkeypatch: pytest.MonkeyPatch
     assert run().says("--device=cpu can't be used here (cusolver is not there)")
 
 
-def test_damage_in_the_middle_of_a_file(run: Run, folder: Path) -> None:
-    """Nothing that is damaged is taken for weights: either the page's checksum or the decompression tells."""
-    file = parquet_files(folder)[0]
-    pq.write_table(pq.read_table(file), file, write_page_checksum=True)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 0xFF
-    file.write_bytes(content)
-    assert run(f"--dataset={folder}").says(file.name, "delete")
+def test_too_few_micro_datasets(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert run(f"--dataset={folder}", "--train_size=20").says("--train_size=20", "--train_size that works is 19")
+    one = write_folder(tmp_path / "one", [table_of(models_of(1))])
+    assert run(f"--dataset={one}", "--train_size=1").says("--train_size=1", "an evaluation needs two")
 
 
-def test_too_few_micro_datasets(run: Run, folder: Path) -> None:
-    outcome = run(f"--dataset={folder}", "--train_size=20")
-    assert outcome.says("--train_size=20", "21", "there are 20", "largest --train_size that works is 19")
-
-
-def test_one_micro_dataset(run: Run, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "wise", [table_of(models_of(1))])
-    assert run(f"--dataset={folder}", "--train_size=1").says("--train_size=1", "there are 1")
-
-
-def test_a_cache_that_cannot_be_written(run: Run, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    assert run(f"--dataset={folder}").says(str(tmp_path / "cache"), "nothing that was computed is lost")
-
-
-def test_a_damaged_cache_is_computed_anew(run: Run, folder: Path, tmp_path: Path) -> None:
-    first = run(f"--dataset={folder}")
-    whole, short, *_ = sorted((tmp_path / "cache" / "spectra").glob("*.safetensors"))
-    whole.write_bytes(b"rubbish")
-    short.write_bytes(short.read_bytes()[:-100])
-    second = run(f"--dataset={folder}")
-    assert (second.code, second.predictions) == (0, first.predictions)
-
-
-def test_an_output_that_cannot_be_written(run: Run, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "output").write_text("a file where the folder should be")
-    assert run(f"--dataset={folder}").says(str(tmp_path / "output"))
+@pytest.mark.parametrize("place", ["cache", "output"])
+def test_a_place_that_cannot_be_written(place: str, run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / place).write_text("a file where the folder should be")
+    assert run(f"--dataset={folder}").says(str(tmp_path / place))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +209,7 @@ def test_an_output_that_cannot_be_written(run: Run, folder: Path, tmp_path: Path
         ("--rank=four", ("--rank", "'four'")),
         ("--matrices=AB", ("--matrices", "AB")),
         ("--device=abacus", ("--device=abacus",)),
-        ("--revision=v2", ("--revision", "is a folder")),
+        ("--revision=v2", ("--revision", "leave it out")),
         ("--no_such_option", ("--no_such_option",)),
     ],
 )

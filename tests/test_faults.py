@@ -6,7 +6,6 @@ import errno
 import inspect
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,14 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import ROOT, Outcome, Run, command, models_of, parquet_files, table_of, write_folder
 from hub_stand_in import HubStandIn
-from huggingface_hub import HfFileSystem, constants
-from lora_writers import within, write_model
-from safetensors import safe_open
+from huggingface_hub import constants
+from lora_writers import within
 
 import dsire
 
@@ -57,9 +53,8 @@ def serve() -> None:
 
     import dsire
 
-    for name in ("datasets", "filelock", "huggingface_hub.hf_api", "pyarrow.parquet", "safetensors.torch"):
-        importlib.import_module(name)
-    for name in ("huggingface_hub.hf_file_system", "sklearn.metrics", "torch.distributed", "tqdm"):
+    names = "datasets filelock huggingface_hub.hf_api pyarrow.parquet safetensors.torch sklearn.metrics tqdm"
+    for name in names.split():
         importlib.import_module(name)
 
     def told(argument: object) -> str:
@@ -112,24 +107,14 @@ class Server:
 
     def __init__(self) -> None:
         code = f"from __future__ import annotations\n{inspect.getsource(serve)}\nserve()"
-        path = {"PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.answer() == "ready"
-
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.process: Any = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
+        assert json.loads(self.process.stdout.readline()) == "ready"
 
     def ask(self, **order: Any) -> Any:
-        assert self.process.stdin is not None
         print(json.dumps(order), file=self.process.stdin, flush=True)
-        return self.answer()
+        return json.loads(self.process.stdout.readline())
 
 
 class Started:
@@ -138,7 +123,6 @@ class Started:
     def __init__(self, server: Server, folder: Path, number: int, arguments: list[str], stop: Stop | None) -> None:
         self.server, self.folder = server, folder
         self.out, self.err = folder / f"out-{number}", folder / f"err-{number}"
-        self.err.touch()
         files = {"out": str(self.out), "err": str(self.err), "folder": str(folder)}
         self.process = server.ask(command=arguments, stop=stop, **files)
         if stop:
@@ -177,10 +161,10 @@ def start(server: Server, tmp_path: Path) -> Start:
     """Start the command in `tmp_path`, and perhaps stop it somewhere."""
     count = 0
 
-    def started(*arguments: Any, stop: Stop | None = None, folder: Path = tmp_path) -> Started:
+    def started(*arguments: Any, stop: Stop | None = None) -> Started:
         nonlocal count
         count += 1
-        return Started(server, folder, count, command(folder, *arguments)[1:], stop)
+        return Started(server, tmp_path, count, command(tmp_path, *arguments)[1:], stop)
 
     return started
 
@@ -202,7 +186,7 @@ def undisturbed(server: Server, wise: Path, tmp_path_factory: pytest.TempPathFac
 def assert_same(outcome: Outcome, other: Outcome) -> None:
     """Both went well, with the same figures to the last digit."""
     assert outcome.code == 0, outcome.err
-    for part in ("experiments", "mean", "std", "notes"):
+    for part in ("experiments", "tables", "notes"):
         assert outcome.report[part] == other.report[part]
     assert outcome.predictions == other.predictions
 
@@ -211,8 +195,7 @@ def spectra_files(folder: Path) -> dict[str, tuple[int, int]]:
     """The files of spectra in the cache, all of which can be read: name -> inode and time."""
     files = sorted((folder / "cache" / "spectra").glob("*.safetensors"))
     for path in files:
-        with safe_open(path, "pt") as file:
-            assert file.get_tensor("spectra").isfinite().all()
+        dsire.read_spectra(path)
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
@@ -244,13 +227,11 @@ PHASES: dict[str, tuple[Stop, int]] = {
     "writing the first shard's spectra": (Stop("os.fsync", FIRST), 0),
     "before the first shard's spectra get their name": (Stop("pathlib.Path.replace", FIRST), 0),
     "after the first shard's spectra got their name": (Stop("pathlib.Path.replace", FIRST, after=True), 1),
-    "decoding the second shard": (Stop("dsire.shard_spectra", SECOND), 1),
     "spectra of the last shard": (Stop("dsire.lora_spectra", number=9), 2),
     "writing the last shard's spectra": (Stop("os.fsync", THIRD), 2),
-    "after the last shard's spectra got their name": (Stop("pathlib.Path.replace", THIRD, after=True), 3),
     "evaluation": (Stop("dsire.metrics", number=2), 3),
     "writing the report": (Stop("os.fsync", "report.json"), 3),
-    "between the report and its table": (Stop("pathlib.Path.replace", "report.json", after=True), 3),
+    "between the report and its table": (Stop("pathlib.Path.replace", "predictions.csv", after=True), 3),
 }
 
 
@@ -263,27 +244,16 @@ def test_killed_while(phase: str, start: Start, wise: Path, tmp_path: Path, undi
     assert_goes_on(start, tmp_path, arguments, undisturbed)
 
 
-def test_killed_again_and_again(start: Start, wise: Path, tmp_path: Path, undisturbed: Outcome) -> None:
-    """Each run gets a shard further and dies before the next one has its name."""
-    arguments = (f"--dataset={wise}", *QUICK)
-    for done, shard in enumerate((FIRST, SECOND, THIRD)):
-        start(*arguments, stop=Stop("pathlib.Path.replace", shard)).kill()
-        assert len(spectra_files(tmp_path)) == done
-    assert_goes_on(start, tmp_path, arguments, undisturbed)
-
-
-DOWNLOAD = f"--LoRA-WiSE/low/4/{SECOND}.parquet"
 HUB_PHASES: dict[str, tuple[Stop, int]] = {
-    "asking for the commit": (Stop("huggingface_hub.HfApi.dataset_info"), 0),
+    "asking for the commit": (Stop("huggingface_hub.HfApi.repo_info"), 0),
     "finding the files": (Stop("datasets.load_dataset_builder"), 0),
     "writing what was found": (Stop("os.fsync", "/sources/"), 0),
-    "renaming what was found": (Stop("pathlib.Path.replace", "/sources/"), 0),
     "fetching the first shard": (Stop("huggingface_hub.HfApi.hf_hub_download", FIRST), 0),
     "checking the first shard": (Stop("huggingface_hub.HfApi.hf_hub_download", FIRST, after=True), 0),
     "decoding the first shard": (Stop("dsire.shard_spectra", FIRST), 0),
     "writing the second shard's spectra": (Stop("os.fsync", SECOND), 1),
-    "before the second shard is deleted": (Stop("pathlib.Path.unlink", DOWNLOAD, 2), 2),
-    "after the second shard was deleted": (Stop("pathlib.Path.unlink", DOWNLOAD, 2, after=True), 2),
+    "before the second shard is deleted": (Stop("pathlib.Path.unlink", f"{SECOND}.parquet"), 2),
+    "after the second shard was deleted": (Stop("pathlib.Path.unlink", f"{SECOND}.parquet", after=True), 2),
 }
 
 
@@ -293,23 +263,19 @@ def fetched(hub: HubStandIn) -> list[str]:
     return sorted(Path(path).stem for path in paths)
 
 
-def assert_goes_on_from_the_hub(start: Start, hub: HubStandIn, folder: Path, undisturbed: Outcome) -> None:
-    """The same, and no shard is fetched whose spectra are on the disk; nothing is left of the downloads."""
-    done = {name[: len(FIRST)] for name in spectra_files(folder)}
-    hub.requests.clear()
-    assert_goes_on(start, folder, OVER_HUB, undisturbed)
-    assert not done & set(fetched(hub))
-    assert len(fetched(hub)) == len(set(fetched(hub)))
-
-
 @pytest.mark.parametrize("phase", HUB_PHASES)
 def test_killed_over_the_hub_while(
     phase: str, start: Start, hub: HubStandIn, tmp_path: Path, undisturbed: Outcome
 ) -> None:
+    """The same, and no shard is fetched whose spectra are on the disk."""
     stop, done = HUB_PHASES[phase]
     start(*OVER_HUB, stop=stop).kill()
-    assert len(spectra_files(tmp_path)) == done
-    assert_goes_on_from_the_hub(start, hub, tmp_path, undisturbed)
+    there = {name[: len(FIRST)] for name in spectra_files(tmp_path)}
+    assert len(there) == done
+    hub.requests.clear()
+    assert_goes_on(start, tmp_path, OVER_HUB, undisturbed)
+    assert not there & set(fetched(hub))
+    assert len(fetched(hub)) == len(set(fetched(hub)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,15 +294,15 @@ def test_two_runs_at_once(start: Start, hub: HubStandIn, tmp_path: Path, undistu
 def test_a_run_waits_for_another_one(
     fate: signal.Signals, start: Start, wise: Path, tmp_path: Path, undisturbed: Outcome
 ) -> None:
-    """It says so, and computes what the other one has not when that goes on, or takes over when it is killed."""
+    """It computes what the other one has not when that goes on, or takes over when it is killed."""
     arguments = (f"--dataset={wise}", *QUICK)
     first = start(*arguments, stop=Stop("dsire.shard_spectra", SECOND))
     second = start(*arguments)
-    wait_until(second.err.read_text)
+    time.sleep(1)
     kept = spectra_files(tmp_path)
     first.send(fate)
     assert_same(second.outcome(), undisturbed)
-    assert second.err.read_text() == f"waiting for another run, which is at {SECOND}.parquet\n"
+    assert second.err.read_text() == ""
     assert (len(kept), len(spectra_files(tmp_path))) == (1, 3)
     assert kept.items() <= spectra_files(tmp_path).items()
     if fate == signal.SIGCONT:
@@ -347,30 +313,28 @@ def test_a_run_waits_for_another_one(
 # Ctrl-C
 
 
-def assert_stopped(outcome: Outcome, *parts: str) -> None:
-    """Exit code 130 and one line that says how far the run came, and that the same command goes on."""
+def assert_stopped(outcome: Outcome) -> None:
+    """Exit code 130 and one line that says that the same command goes on."""
     assert outcome.code == 130, outcome.err
     assert outcome.err.count("\n") == 1, outcome.err
     assert outcome.err.startswith("dsire.py: stopped"), outcome.err
-    for part in ("run it again", *parts):
-        assert part in outcome.err
+    assert "run it again" in outcome.err
 
 
 @pytest.mark.parametrize(
-    ("stop", "done"),
+    "stop",
     [
-        (Stop("dsire.shard_spectra", FIRST), 0),
-        (Stop("dsire.lora_spectra", number=5), 1),
-        (Stop("os.fsync", THIRD), 2),
-        (Stop("dsire.metrics", number=2), 3),
-        (Stop("os.fsync", "report.json"), 3),
+        Stop("dsire.shard_spectra", FIRST),
+        Stop("dsire.lora_spectra", number=5),
+        Stop("os.fsync", THIRD),
+        Stop("dsire.metrics", number=2),
+        Stop("os.fsync", "report.json"),
     ],
     ids=str,
 )
-def test_interrupted(stop: Stop, done: int, start: Start, wise: Path, tmp_path: Path, undisturbed: Outcome) -> None:
+def test_interrupted(stop: Stop, start: Start, wise: Path, tmp_path: Path, undisturbed: Outcome) -> None:
     arguments = (f"--dataset={wise}", *QUICK)
-    outcome = start(*arguments, stop=stop).send(signal.SIGINT, signal.SIGCONT).outcome()
-    assert_stopped(outcome, f"{done} of 3 shards")
+    assert_stopped(start(*arguments, stop=stop).send(signal.SIGINT, signal.SIGCONT).outcome())
     assert not list(tmp_path.rglob("*.half"))
     assert_goes_on(start, tmp_path, arguments, undisturbed)
 
@@ -380,22 +344,10 @@ def test_interrupted_while_the_hub_stalls(start: Start, hub: HubStandIn, tmp_pat
     hub.faults.stall(f"/cdn/*{SECOND}*", seconds=60, after=1000)
     run = start(*OVER_HUB)
     wait_until(lambda: SECOND in fetched(hub) and spectra_files(tmp_path))
-    time.sleep(0.3)  # all that is left of the first shard is to count it
+    time.sleep(0.3)
     begin = time.monotonic()
-    assert_stopped(run.send(signal.SIGINT).outcome(), "1 of 3 shards")
+    assert_stopped(run.send(signal.SIGINT).outcome())
     assert time.monotonic() - begin < 30
-
-
-def test_interrupted_on_a_folder_of_lora_files(start: Start, tmp_path: Path) -> None:
-    for name, size in models_of(2):
-        write_model(
-            tmp_path / "loras" / f"{name}-{size}.safetensors",
-            (name, size),
-            {"ss_num_train_images": str(size), "ss_num_repeats": "1"},
-        )
-    arguments = (f"--dataset={tmp_path / 'loras'}", "--train_size=1", "--experiments=1")
-    run = start(*arguments, stop=Stop("dsire.save_spectra", number=5))
-    assert_stopped(run.send(signal.SIGINT, signal.SIGCONT).outcome(), "of 12 files")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,37 +366,20 @@ def no_space(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize(
-    ("name", "done"), [("sources", 0), (SECOND, 1), ("report.json", 3), ("predictions.csv", 3), ("confusion.png", 3)]
-)
+@pytest.mark.parametrize(("name", "done"), [(SECOND, 1), ("report.json", 3), ("predictions.csv", 3)])
 def test_no_space_for(
     name: str, done: int, run: Run, wise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plots = ["--plots"] if name.endswith(".png") else []
     with monkeypatch.context() as patched:
         no_space(patched, name)
-        outcome = run(f"--dataset={wise}", *QUICK, *plots)
-        assert outcome.says(name, "No space left", str(tmp_path), "nothing that was computed is lost")
+        outcome = run(f"--dataset={wise}", *QUICK)
+        assert outcome.says(name, "No space left", str(tmp_path), "what was computed is kept")
     assert not list(tmp_path.rglob("*.half"))
     assert name not in outcome.written
     kept = spectra_files(tmp_path)
     assert len(kept) == done
     assert run(f"--dataset={wise}", *QUICK).code == 0
     assert kept.items() <= spectra_files(tmp_path).items()
-
-
-def test_no_space_for_estimates(run: Run, wise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write_model(tmp_path / "new.safetensors", ("new", 2))
-    no_space(monkeypatch, "estimates.csv")
-    assert run(f"--dataset={wise}", *QUICK, "--predict", file).says("estimates.csv", "No space left")
-
-
-def test_no_space_keeps_the_report_that_was_there(run: Run, wise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = run(f"--dataset={wise}", *QUICK)
-    no_space(monkeypatch, "report.json")
-    after = run(f"--dataset={wise}", *QUICK, "--seed=1")
-    assert after.says("report.json")
-    assert after.report == before.report
 
 
 def mount(place: Path, *options: str) -> None:
@@ -466,53 +401,32 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def test_a_full_disk(run: Run, wise: Path, disk: Path, tmp_path: Path, undisturbed: Outcome) -> None:
-    assert run(f"--dataset={wise}", *QUICK).says(str(disk), "No space left")
-    kept = spectra_files(tmp_path)
-    assert len(kept) == 1
-    assert not list(disk.rglob("*.half"))
-    mount(disk, "-o", "remount,size=1m")
-    assert_same(run(f"--dataset={wise}", *QUICK), undisturbed)
-    assert kept.items() <= spectra_files(tmp_path).items()
-
-
-def test_a_disk_too_small_for_a_download(
-    run: Run, hub: HubStandIn, disk: Path, tmp_path: Path, undisturbed: Outcome
+@pytest.mark.parametrize("where", ["folder", "Hub"])
+def test_a_full_disk(
+    where: str, run: Run, wise: Path, hub: HubStandIn, disk: Path, tmp_path: Path, undisturbed: Outcome
 ) -> None:
-    assert run(*OVER_HUB).says(str(disk), "No space left")
+    arguments = OVER_HUB if where == "Hub" else (f"--dataset={wise}", *QUICK)
+    assert says_in_the_end(run(*arguments), str(disk), "No space left")
+    kept = spectra_files(tmp_path)
+    assert len(kept) == (where == "folder")
+    assert not list(disk.rglob("*.half"))
     mount(disk, "-o", "remount,size=10m")
-    assert_same(run(*OVER_HUB), undisturbed)
+    assert_same(run(*arguments), undisturbed)
+    assert kept.items() <= spectra_files(tmp_path).items()
     assert [path.name for path in disk.rglob("*") if path.suffix in (".parquet", ".incomplete")] == []
-
-
-def test_a_full_disk_for_the_report(run: Run, wise: Path, tmp_path: Path, undisturbed: Outcome) -> None:
-    output = tmp_path / "output"
-    output.mkdir()
-    mount(output, "-t", "tmpfs", "-o", "size=4k")
-    try:
-        outcome = run(f"--dataset={wise}", *QUICK)
-        assert outcome.says(str(output), "No space left")
-        assert list(outcome.written) == ["predictions.csv"]
-    finally:
-        subprocess.run(["umount", "--lazy", str(output)], check=True)
-    assert_same(run(f"--dataset={wise}", *QUICK), undisturbed)
 
 
 def test_a_read_only_cache(run: Run, wise: Path, disk: Path, tmp_path: Path, undisturbed: Outcome) -> None:
     """What is in it is used; what isn't can't be written, which is one line."""
-    mount(disk, "-o", "remount,size=1m")
+    mount(disk, "-o", "remount,ro")
+    assert run(f"--dataset={wise}", *QUICK).says(str(disk), "Read-only file system")
+    mount(disk, "-o", "remount,rw,size=1m")
     assert_same(run(f"--dataset={wise}", *QUICK), undisturbed)
     mount(disk, "-o", "remount,ro")
     assert_same(run(f"--dataset={wise}", *QUICK), undisturbed)
     mount(disk, "-o", "remount,rw")
-    next(disk.rglob(f"{SECOND}*.safetensors")).unlink()
-    for lock in disk.rglob("*.lock"):
-        lock.unlink()
-    mount(disk, "-o", "remount,ro")
-    assert run(f"--dataset={wise}", *QUICK).says(str(disk), "Read-only file system")
-
-
-def test_an_empty_cache_that_is_read_only(run: Run, wise: Path, disk: Path) -> None:
+    for file in (*disk.rglob("*.lock"), *disk.rglob(f"{SECOND}*.safetensors")):
+        file.unlink()
     mount(disk, "-o", "remount,ro")
     assert run(f"--dataset={wise}", *QUICK).says(str(disk), "Read-only file system")
 
@@ -521,66 +435,81 @@ def test_an_empty_cache_that_is_read_only(run: Run, wise: Path, disk: Path) -> N
 # A cache of something else
 
 
-def spoil(folder: Path, edit: Callable[[torch.Tensor], torch.Tensor], **changes: Any) -> None:
-    """Write other spectra into the files of the cache, with a key that another version or shard would have."""
-    for path in (folder / "cache" / "spectra").glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            header, tensors = file.metadata(), {key: file.get_tensor(key) for key in ("spectra", "sizes")}
-        header["key"] = json.dumps({**json.loads(header["key"]), **changes}, sort_keys=True)
-        from safetensors.torch import save_file
-
-        save_file({**tensors, "spectra": edit(tensors["spectra"])}, path, header)
+def turn_a_bit(content: bytes) -> bytes:
+    place = content.index(b"}}") + 99  # a number, behind the header
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("change", [{"format": 0}, {"rank": 8}, {"etag": "other"}, {"size": 1}, {"file": "other"}])
-def test_spectra_of_something_else_are_not_mixed_in(
-    change: dict[str, Any], run: Run, wise: Path, tmp_path: Path, undisturbed: Outcome
+SPOILT: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda content: b"",
+    "rubbish": lambda content: b"rubbish",
+    "truncated": lambda content: content[:-100],
+    "a bit of a number": turn_a_bit,
+    "a name": lambda content: content.replace(b"thing_03", b"thing_04"),
+    "another format": lambda content: content.replace(b'format\\": ', b'format\\":9'),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+def test_spectra_that_are_not_as_they_were_written_are_computed_anew(
+    spoil: Callable[[bytes], bytes], run: Run, wise: Path, tmp_path: Path, undisturbed: Outcome
 ) -> None:
-    """Though they lie where those of this shard would."""
     assert run(f"--dataset={wise}", *QUICK).code == 0
-    spoil(tmp_path, lambda values: values.flip(1), **change)
+    files = sorted((tmp_path / "cache" / "spectra").glob("*.safetensors"))
+    for file in files[:2]:
+        assert spoil(file.read_bytes()) != file.read_bytes()
+        file.write_bytes(spoil(file.read_bytes()))
     assert_same(run(f"--dataset={wise}", *QUICK), undisturbed)
+    assert len(spectra_files(tmp_path)) == 3
 
 
-def test_a_cache_of_another_version(
-    run: Run, wise: Path, tmp_path: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(dsire, "CACHE_FORMAT", dsire.CACHE_FORMAT + 1)
-        assert run(f"--dataset={wise}", *QUICK).code == 0
-        spoil(tmp_path, lambda values: values.flip(1))
-    assert_same(run(f"--dataset={wise}", *QUICK), undisturbed)
-    assert len(spectra_files(tmp_path)) == 6
+@pytest.mark.parametrize("change", ["format", "rank", "time", "size", "place"])
+def test_spectra_of_something_else_are_not_used(change: str, run: Run, folder: Path, tmp_path: Path) -> None:
+    """Whatever decides them: each file is computed again under another name."""
+    source = dsire.find_source(str(folder), "low_4", None, tmp_path)
+    dsire.subset_spectra(source, 4, tmp_path / "cache")
+    with pytest.MonkeyPatch.context() as patched:
+        if change == "format":
+            patched.setattr(dsire, "FORMAT", dsire.FORMAT + 1)
+        elif change == "place":
+            folder = folder.rename(tmp_path / "elsewhere")
+        elif change != "rank":
+            key = {"time": "version", "size": "size"}[change]
+            source = replace(source, shards=[replace(shard, **{key: 1}) for shard in source.shards])
+        source = replace(source, dataset=str(folder))
+        dsire.subset_spectra(source, 2 if change == "rank" else 4, tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "spectra").glob("*.safetensors"))) == 6
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"shards": [1]}', "\0\xff"])
+def edited(**changes: Any) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        content = json.loads(text)
+        return json.dumps({**content, "source": {**content["source"], **changes}})
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *(lambda text, other=other: other for other in ("", "[]", "3", '{"source": 3}', "\0\xff", "[" * 10**5)),
+        lambda text: text[: len(text) // 2],
+        edited(shards=[]),
+        edited(shards=3),
+        edited(commit=None),
+        edited(notes="no list"),
+        edited(more=1),
+    ],
+)
 def test_a_damaged_note_of_the_files(
-    content: str, run: Run, hub: HubStandIn, tmp_path: Path, undisturbed: Outcome
+    spoil: Callable[[str], str], run: Run, hub: HubStandIn, tmp_path: Path, undisturbed: Outcome
 ) -> None:
+    """It is as if it were not there."""
     assert run(*OVER_HUB).code == 0
     (note,) = (tmp_path / "cache" / "sources").glob("*.json")
-    note.write_bytes(content.encode("latin-1"))
+    note.write_text(spoil(note.read_text()), encoding="latin-1")
     assert_same(run(*OVER_HUB), undisturbed)
     assert fetched(hub) == [FIRST, SECOND, THIRD]
-
-
-def test_another_revision(run: Run, hub: HubStandIn, folder: Path, undisturbed: Outcome) -> None:
-    """Each revision has its own report; only what differs between them is fetched."""
-    file = parquet_files(folder)[1]
-    old = file.read_bytes()
-    first_commit = hub.commit
-    assert_same(run(*OVER_HUB), undisturbed)
-    pq.write_table(table_of(models_of(20)[40:79]), file)
-    HfFileSystem.clear_instance_cache()
-    hub.repository.tags = ["v2"]
-    second = run(*OVER_HUB, "--revision=v2")
-    assert second.report["settings"]["commit"] == hub.commit != first_commit
-    assert second.predictions != undisturbed.predictions
-    file.write_bytes(old)
-    HfFileSystem.clear_instance_cache()
-    hub.repository.tags = ["v3"]
-    assert_same(run(*OVER_HUB, "--revision=v3"), undisturbed)
-    assert fetched(hub) == [FIRST, SECOND, SECOND, THIRD]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -596,8 +525,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 PLACES = {
-    "describing the dataset": f"/api/datasets/{dsire.LORA_WISE}*",
-    "listing its files": "/api/datasets/*/tree/*",
+    "the listing": f"/api/datasets/{dsire.LORA_WISE}*",
     "the README": "*/resolve/*/README.md",
     "the way to a shard": f"*/resolve/*{SECOND}*",
     "a shard": f"/cdn/*{SECOND}*",
@@ -605,106 +533,120 @@ PLACES = {
 
 
 def says_in_the_end(outcome: Outcome, *parts: str) -> bool:
-    """Ended with such an error, perhaps after lines that say that the Hub is asked again."""
-    *again, last = outcome.err.splitlines(keepends=True)
-    assert all("again" in line for line in again)
-    return replace(outcome, err=last).says(*parts)
+    """Ended with such an error, perhaps after huggingface_hub's own words."""
+    return replace(outcome, err=outcome.err.splitlines(keepends=True)[-1]).says(*parts)
 
 
-@pytest.mark.parametrize(("place", "status"), [*zip(PLACES, [429, 500, 429, 500, 429], strict=True)])
+@pytest.mark.parametrize(("place", "status"), [*zip(PLACES, [0, 429, 500, 429], strict=True)][1:])
 def test_a_hub_that_fails_twice(
     place: str, status: int, run: Run, hub: HubStandIn, naps: list[float], undisturbed: Outcome
 ) -> None:
+    """To try again is huggingface_hub's."""
     hub.faults.status(PLACES[place], status, times=2)
     assert_same(run(*OVER_HUB), undisturbed)
 
 
-@pytest.mark.parametrize(("place", "status"), [*zip(PLACES, [500, 429, 500, 429, 500], strict=True)])
+@pytest.mark.parametrize(("place", "status"), [*zip(PLACES, [500, 404, 418, 504], strict=True)])
 def test_a_hub_that_fails_for_ever(place: str, status: int, run: Run, hub: HubStandIn, naps: list[float]) -> None:
     """It ends, in a few minutes at most, in one line."""
     hub.faults.status(PLACES[place], status, times=None)
     with within(30):
         outcome = run(*OVER_HUB)
     assert sum(naps) < 300
-    assert says_in_the_end(outcome, dsire.LORA_WISE, str(status), "try again later")
+    assert says_in_the_end(outcome, dsire.LORA_WISE, "HF_TOKEN", "HF_ENDPOINT")
 
 
-def test_a_hub_that_says_when_to_come_again(run: Run, hub: HubStandIn, naps: list[float], undisturbed: Outcome) -> None:
-    hub.faults.status(PLACES["the way to a shard"], 429, retry_after=7)
+@pytest.mark.parametrize("place", PLACES)
+def test_what_was_found_before_is_used_whatever_fails(
+    place: str, run: Run, hub: HubStandIn, folder: Path, naps: list[float], undisturbed: Outcome
+) -> None:
+    """Though the commit is another one; a second run with the same one asks once, and none needs the network."""
     assert_same(run(*OVER_HUB), undisturbed)
+    hub.requests.clear()
+    assert_same(run(*OVER_HUB), undisturbed)
+    assert len(hub.requests) == 1
+    commit = hub.commit
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "A dataset.\n")
+    hub.faults.status(PLACES[place], 503, times=None)
+    outcome = run(*OVER_HUB)
+    assert outcome.predictions == undisturbed.predictions
+    said = [note for note in outcome.report["notes"] if f"going on with commit {commit[:12]}" in note]
+    assert len(said) == (0 if SECOND in PLACES[place] else 1)
 
 
-@pytest.mark.parametrize("status", [403, 404, 418, 504])
-def test_other_answers_are_one_line(status: int, run: Run, hub: HubStandIn, naps: list[float]) -> None:
-    hub.faults.status(f"*/resolve/*{SECOND}*", status, times=None)
-    with within(30):
-        assert says_in_the_end(run(*OVER_HUB), SECOND)
-
-
-def test_a_download_that_stalls_once(
-    run: Run, hub: HubStandIn, naps: list[float], undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("times", [1, None])
+def test_a_download_that_stalls(
+    times: int | None, run: Run, hub: HubStandIn, naps: list[float], undisturbed: Outcome, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    hub.faults.stall(f"/cdn/*{SECOND}*", seconds=60, after=1000)
-    with within(30):
-        assert_same(run(*OVER_HUB), undisturbed)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+        hub.faults.stall(f"/cdn/*{SECOND}*", seconds=60, after=1000, times=times)
+        with within(60):
+            outcome = run(*OVER_HUB)
+    if times:
+        assert_same(outcome, undisturbed)
+    else:
+        assert says_in_the_end(outcome, SECOND, "network")
+        assert len(spectra_files(tmp_path)) == 1
 
 
-def test_a_download_that_stalls_for_ever(
-    run: Run, hub: HubStandIn, naps: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    hub.faults.stall(f"/cdn/*{SECOND}*", seconds=60, after=1000, times=None)
-    with within(60):
-        assert run(*OVER_HUB).says(SECOND, "network")
-    assert len(spectra_files(tmp_path)) == 1
-
-
-def test_a_question_that_stalls(run: Run, hub: HubStandIn, naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No question to the Hub is asked without an end."""
-    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DEFAULT_REQUEST_TIMEOUT"):
-        monkeypatch.setattr(constants, name, 0.2)
-    hub.faults.delay(PLACES["listing its files"], seconds=60, times=None)
+def test_a_question_that_stalls(run: Run, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for without an end."""
+    monkeypatch.setattr(dsire, "PATIENCE", 1)
+    hub.faults.delay(PLACES["the listing"], seconds=60, times=None)
     with within(30):
         assert run(*OVER_HUB).says(dsire.LORA_WISE, "network")
 
 
 @pytest.mark.parametrize("where", ["folder", "Hub"])
-@pytest.mark.parametrize("path", ["low/4/other-*", "low/4/train-00007-of-00003.parquet", "high/32/train-*"])
-def test_a_config_that_lists_files_that_are_missing(
+@pytest.mark.parametrize("path", ["low/4/other-*", "low/4/train-00007-of-00003.parquet", "../../../../**/*.parquet"])
+def test_a_config_that_lists_files_that_are_not_of_it(
     path: str, where: str, run: Run, hub: HubStandIn, folder: Path, naps: list[float]
 ) -> None:
+    (folder.parent / "private").mkdir()
+    (folder.parent / "private" / "secret.parquet").write_bytes(parquet_files(folder)[0].read_bytes())
     readme = folder / "README.md"
-    readme.write_text(readme.read_text().replace("low/4/train-*", path))
+    above = "../" * 12 + str(folder.parent / "private").lstrip("/") + "/*.parquet"
+    readme.write_text(readme.read_text().replace("low/4/train-*", above if path.startswith("..") else path))
     dataset = folder if where == "folder" else dsire.LORA_WISE
-    assert run(f"--dataset={dataset}", *QUICK).says(str(dataset), "data")
+    assert run(f"--dataset={dataset}", *QUICK).says(str(dataset), "parquet")
+
+
+BOMB = "a0: &a0 [x,x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
 
 
 @pytest.mark.parametrize("where", ["folder", "Hub"])
 @pytest.mark.parametrize(
     ("header", "reason"),
-    [("configs: [", "README.md"), ("\0", "README.md"), ("configs: 3", "configs")],
-    ids=repr,
+    [
+        ("configs: [", "README.md"),
+        ("\0", "README.md"),
+        ("configs: 3", "README.md"),
+        (f"{BOMB}configs:\n- config_name: low_4\n  data_files: *a11", "alias"),
+        ("configs:\n- {config_name: low_4, data_files: !!str &x low/4/*}", "alias"),
+    ],
+    ids=["open", "zero", "number", "bomb", "anchor"],
 )
 def test_a_readme_that_cannot_be_read(
     header: str, reason: str, where: str, run: Run, hub: HubStandIn, folder: Path, naps: list[float]
 ) -> None:
     (folder / "README.md").write_text(f"---\n{header}\n---\n")
     dataset = folder if where == "folder" else dsire.LORA_WISE
-    assert run(f"--dataset={dataset}", "--rank=4").says(str(dataset), reason)
+    with within(20):
+        assert run(f"--dataset={dataset}", "--rank=4").says(str(dataset), reason)
 
 
-def test_a_file_that_vanishes_after_it_was_listed(run: Run, hub: HubStandIn, naps: list[float]) -> None:
-    listed = hub.repository.files
-    hub.repository.files = listed  # type: ignore[method-assign]
-    known = {path: file for path, file in listed().items() if SECOND not in path}
-    commit = hub.commit
+@pytest.mark.parametrize("name", ["/tmp/evil/train.parquet", "low/../../evil.parquet", "..\\evil.parquet"])
+def test_a_listing_of_paths_out_of_the_repository(name: str, run: Run, hub: HubStandIn, tmp_path: Path) -> None:
+    """Nothing is made at such a place."""
+    listed, evil = hub.repository.files, tmp_path / "evil"
+    evil.mkdir()
+    name = name.replace("/tmp/evil", str(evil))
 
-    def fewer() -> Any:
-        asked = any("/tree/" in request.path for request in hub.requests)
-        return known if asked else listed()
+    def files() -> Any:
+        its = listed()
+        return {**its, name: replace(next(iter(its.values())), path=name)}
 
-    hub.repository.files = fewer  # type: ignore[method-assign]
-    outcome = run(*OVER_HUB, f"--revision={commit}")
-    assert outcome.says(dsire.LORA_WISE)
-    assert re.search(rf"{SECOND}|--revision", outcome.err)
+    hub.repository.files = files  # type: ignore[method-assign]
+    assert run(*OVER_HUB).says(dsire.LORA_WISE, "out of it")
+    assert not any(evil.iterdir())

@@ -1,4 +1,4 @@
-"""A sample of the mutants of fuzz.py; that it notices what goes wrong; and weights of unusual values."""
+"""A sample of the mutants of fuzz.py; that it notices what goes wrong; and weights of unusual shapes and values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import LAYERS, Run, change, models_of, table_of, write_folder
+from conftest import Run, models_of, table_of, write_folder
 from fuzz import FILE_KINDS, PARQUET_KINDS, book_of_table, main, outcome_of
 from lora_writers import one_layer, spectra_by_the_book, write
 
@@ -44,11 +44,9 @@ def test_lies_are_noticed(tmp_path: Path) -> None:
     assert outcome(sizes=right.sizes + 1).startswith("other models")
     assert outcome(values=right.values[1:], voters=right.voters[1:]).startswith("other voters")
     assert outcome(values=right.values * (1 + 1e-8)).startswith("wrong numbers")
-    assert outcome(notes=["two\nlines"]).startswith("a note that isn't")
     assert outcome_of(lambda: right, None).startswith("not refused")
     assert outcome_of(lambda: refuse("no"), book).startswith("refused, though sound")
     assert outcome_of(lambda: refuse("no"), book, damaged=True) == "refused"
-    assert outcome_of(lambda: refuse("no\nno"), book, damaged=True).startswith("not a printable")
     assert outcome_of(lambda: [][0], None).startswith("raised")
 
 
@@ -56,47 +54,35 @@ def test_lies_are_noticed(tmp_path: Path) -> None:
 # Values
 
 
-def in_a_shard(a: np.ndarray, b: np.ndarray, folder: Path, number: pa.DataType | None = None) -> list[torch.Tensor]:
-    """The spectra of one layer [models, r, in] and [models, out, r], read from a shard."""
-    columns = {f"x.lora.{word}.weight": matrix for word, matrix in (("down", a), ("up", b))}
-    lists = {
-        name: pa.array(list(matrix.reshape(len(matrix), -1)), pa.list_(number or pa.float64()))
-        for name, matrix in columns.items()
-    }
-    file = folder / "shard.parquet"
-    pq.write_table(pa.table({"label": [1] * len(a), "name": ["x"] * len(a), **lists}), file)
-    return list(dsire.shard_spectra(file, a.shape[1]).values)
+SHAPES = [(1, 16, 24), (1, 1, 5), (1, 5, 1), (8, 3, 2), (8, 1, 1)]  # rank, in, out
 
 
-def assert_by_the_book(found: list[torch.Tensor], a: np.ndarray, b: np.ndarray) -> None:
-    down, up = torch.tensor(a).double(), torch.tensor(b).double()
-    for values, matrix in zip(found, (down, up, up @ down), strict=True):
-        wanted = torch.linalg.svdvals(matrix)
-        wanted = torch.nn.functional.pad(wanted, (0, values.shape[-1] - wanted.shape[-1]))[:, : values.shape[-1]]
-        assert ((values - wanted).abs() <= 1e-9 * wanted[:, :1] + 1e-321).all()
-
-
-@pytest.mark.parametrize(("rank", "inputs", "outputs"), [(1, 16, 24), (1, 1, 5), (1, 5, 1), (8, 3, 2), (8, 1, 1)])
-def test_narrow_matrices_in_a_shard(rank: int, inputs: int, outputs: int, tmp_path: Path) -> None:
-    """One row, one column, and a rank larger than a dimension."""
-    draw = np.random.default_rng(0)
-    a, b = draw.normal(size=(3, rank, inputs)), draw.normal(size=(3, outputs, rank))
-    assert_by_the_book(in_a_shard(a, b, tmp_path), a, b)
-
-
-@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e38])
-def test_scales_of_float32_in_a_shard(scale: float, tmp_path: Path) -> None:
-    """Subnormal numbers, too: as float32 they have few digits, but those count."""
-    draw = np.random.default_rng(0)
-    a, b = (np.float32(scale * draw.uniform(-3, 3, size=size)) for size in ((3, 4, 16), (3, 24, 4)))
+@pytest.mark.parametrize(
+    ("shape", "scale_of_a", "scale_of_b", "number"),
+    [
+        *((shape, 1, 1, pa.float64()) for shape in SHAPES),
+        *(((4, 16, 24), scale, scale, pa.float32()) for scale in (1e-45, 1e-38, 1e38)),
+        ((4, 16, 24), 1e-310, 1, pa.float64()),
+    ],
+)
+def test_narrow_matrices_and_all_scales_in_a_shard(
+    shape: tuple[int, int, int], scale_of_a: float, scale_of_b: float, number: pa.DataType, tmp_path: Path
+) -> None:
+    """One row, one column, a rank larger than a dimension; subnormal numbers have few digits, but those count."""
+    (rank, inputs, outputs), draw = shape, np.random.default_rng(0)
+    a, b = draw.uniform(-3, 3, size=(3, rank, inputs)), draw.uniform(-3, 3, size=(3, outputs, rank))
+    a, b = (its.astype(number.to_pandas_dtype()) for its in (scale_of_a * a, scale_of_b * b))
     assert a.any()
-    assert_by_the_book(in_a_shard(a, b, tmp_path, pa.float32()), a, b)
-
-
-def test_subnormal_numbers_of_float64_in_a_shard(tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    a, b = 1e-310 * draw.normal(size=(3, 4, 16)), draw.normal(size=(3, 24, 4))
-    assert_by_the_book(in_a_shard(a, b, tmp_path), a, b)
+    columns = {"label": [1] * 3, "name": ["x"] * 3}
+    for word, matrix in (("down", a), ("up", b)):
+        columns[f"x.lora.{word}.weight"] = pa.array(list(matrix.reshape(3, -1)), pa.list_(number))
+    pq.write_table(pa.table(columns), tmp_path / "shard.parquet")
+    down, up = torch.tensor(a).double(), torch.tensor(b).double()
+    found = dsire.shard_spectra(tmp_path / "shard.parquet", rank).values
+    for values, matrix in zip(found, (down, up, up @ down), strict=True):
+        wanted = torch.linalg.svdvals(matrix)[:, :rank]
+        wanted = torch.nn.functional.pad(wanted, (0, rank - wanted.shape[-1]))
+        assert ((values - wanted).abs() <= 1e-9 * wanted[:, :1] + 1e-321).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -115,7 +101,7 @@ def test_the_ends_of_a_dtype(dtype: torch.dtype, end: str, tmp_path: Path) -> No
     tensors = {key: (number * tensor.double()).to(dtype) for key, tensor in one_layer().items()}
     file = write(tmp_path / "lora.safetensors", tensors)
     if dtype == torch.float64 and end == "largest":
-        with pytest.raises(dsire.DsireError, match="too large"):
+        with pytest.raises(dsire.DsireError, match="finite"):
             dsire.file_spectra(file)
         return
     found = dsire.file_spectra(file)
@@ -139,16 +125,3 @@ def test_the_scale_of_the_weights_does_not_change_the_votes(exponent: int, run: 
     )
     assert (first.code, second.code) == (0, 0), second.err
     assert first.predictions == second.predictions
-
-
-def test_a_model_that_diverged_does_not_disturb_the_others(run: Run, tmp_path: Path) -> None:
-    """Its numbers are finite, but far above the rest: the same votes as without it."""
-    models = models_of(18)
-    plain = table_of(models)
-    diverged = change(plain, f"{LAYERS[0]}.lora.up.weight", 0, lambda values: [1e30 * value for value in values])
-    folders = [write_folder(tmp_path / "plain", [plain]), write_folder(tmp_path / "diverged", [diverged])]
-    first, second = (run(f"--dataset={folder}", "--experiments=2").predictions.splitlines() for folder in folders)
-    name, size = models[0]
-    lines = [(one, other) for one, other in zip(first, second, strict=True) if f",{name},{size}," not in one]
-    same = sum(one.rsplit(",", 1)[0] == other.rsplit(",", 1)[0] for one, other in lines)
-    assert same / len(lines) > 0.9  # models whose nearest neighbour it was may change

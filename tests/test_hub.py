@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,19 +9,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import (
     Outcome,
     Run,
-    command,
     models_of,
     parquet_files,
     reference_experiments,
     reference_spectra,
     table_of,
+    weights_of,
     write_folder,
 )
 from hub_stand_in import HubStandIn, Request
-from huggingface_hub import HfFileSystem, constants
+from huggingface_hub import HfFileSystem
+from safetensors.torch import save_file
 
 import dsire
 
@@ -81,40 +82,23 @@ def test_shards_are_fetched_once_deleted_and_not_needed_again(
     third = run(*SUBSET)
     hub.start()
     assert (third.code, third.predictions) == (0, first.predictions)
-    assert "can't be reached" in third.out
+    assert "can't be read from the Hub" in third.out
     assert f"going on with commit {hub.commit[:12]}" in third.out
 
 
-@pytest.mark.parametrize(("page_size", "pages"), [(1000, 1), (4, 2)])
-def test_the_hub_is_asked_for_one_listing_the_card_and_the_shards(
-    run: Run, hub: HubStandIn, folder: Path, page_size: int, pages: int
-) -> None:
-    """Six entries: README.md, two folders and three shards; in pages, as the Hub gives a long listing."""
-    hub.page_size = page_size
+def test_the_hub_is_asked_for_one_listing_the_card_and_the_shards(run: Run, hub: HubStandIn, folder: Path) -> None:
     assert_right(run(*SUBSET), folder)
-    about = f"/api/datasets/{dsire.LORA_WISE}"
     asked = [request.path for request in hub.requests if request.path.startswith("/api/")]
-    assert asked == [about, *pages * [f"{about}/tree/{hub.commit}"]]
+    assert asked == [f"/api/datasets/{dsire.LORA_WISE}"]
     fetched = Counter(Path(request.path).name for request in hub.requests if request.status == 200 and request.sent)
     assert {name: times for name, times in fetched.items() if "." in name} == {
-        "README.md": 1,
-        FIRST: 1,
-        SECOND: 1,
-        THIRD: 1,
+        **dict.fromkeys(("README.md", FIRST, SECOND, THIRD), 1)
     }
-
-
-def test_the_shipped_subset_from_the_hub(run: Run, hub: HubStandIn, tiny_wise: Path) -> None:
-    hub.add(tiny_wise, "somebody/tiny-wise")
-    local = run()
-    remote = run(*SUBSET, "--dataset=somebody/tiny-wise")
-    assert (local.code, remote.code) == (0, 0), remote.err
-    assert remote.predictions == local.predictions
 
 
 def test_keep_shards(run: Run, hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
     assert_right(run(*SUBSET, "--keep_shards"), folder)
-    kept = parquet_files(tmp_path / "cache" / "downloads")
+    kept = parquet_files(tmp_path / "cache" / "hub")
     assert [file.read_bytes() for file in kept] == [file.read_bytes() for file in parquet_files(folder)]
 
 
@@ -140,38 +124,11 @@ def test_the_next_shard_is_fetched_meanwhile_and_two_at_most_are_on_the_disk(
     assert [len(files) for files in on_disk] == [2, 2, 2, 2, 1]
 
 
-def test_a_connection_that_is_cut_resumes_where_it_was(
-    run: Run, hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    hub.faults.cut(f"/cdn/*{SECOND}", after=parquet_files(folder)[1].stat().st_size // 2)
-    assert_right(run(*SUBSET), folder)
-    whole, rest = [request for request in shard_requests(hub) if request.path.endswith(SECOND)]
-    assert (whole.status, whole.first) == (200, 0)
-    assert (rest.status, rest.first) == (206, whole.sent // 1000 * 1000)
-
-
-def test_a_run_that_is_killed_goes_on_at_its_shard(run: Run, hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
-    hub.faults.stall(f"/cdn/*{SECOND}", seconds=60, after=1000)
-    process = subprocess.Popen(command(tmp_path, *SUBSET), cwd=tmp_path, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    done = tmp_path / "cache" / "spectra"
-    while not (downloads(hub)[SECOND] and list(done.glob("*.safetensors"))) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert downloads(hub) == {FIRST: 1, SECOND: 1}
-
-    assert_right(run(*SUBSET), folder)
-    assert downloads(hub) == {FIRST: 1, SECOND: 2, THIRD: 1}
-    assert left_in(tmp_path / "cache") == []  # nor what the killed run had of its shard
-
-
 def test_a_shard_that_was_kept_and_truncated_is_fetched_anew(
     run: Run, hub: HubStandIn, folder: Path, tmp_path: Path
 ) -> None:
     run(*SUBSET, "--keep_shards")
-    first, *_ = parquet_files(tmp_path / "cache" / "downloads")
+    first, *_ = parquet_files(tmp_path / "cache" / "hub")
     first.write_bytes(first.read_bytes()[:1000])
     for file in tmp_path.glob("cache/spectra/*.safetensors"):
         file.unlink()
@@ -189,21 +146,6 @@ def test_a_shard_that_is_always_damaged_is_an_error(run: Run, hub: HubStandIn, t
     hub.faults.flip(f"/cdn/*{SECOND}", times=None)
     assert run(*SUBSET).says(SECOND, dsire.LORA_WISE, "damaged")
     assert downloads(hub)[SECOND] == 2
-    assert not [file for file in left_in(tmp_path / "cache") if SECOND in file.name]
-
-
-def test_a_shard_that_is_no_parquet_on_the_hub_either(run: Run, hub: HubStandIn, folder: Path) -> None:
-    parquet_files(folder)[1].write_bytes(b"not parquet")
-    assert run(*SUBSET).says(SECOND, "parquet")
-
-
-def test_a_hub_that_is_busy_is_asked_again(run: Run, hub: HubStandIn, folder: Path) -> None:
-    hub.faults.status("/api/datasets/*", 503)
-    hub.faults.status(f"/cdn/*{SECOND}", 500)
-    outcome = run(*SUBSET)
-    assert_right(outcome, folder)
-    assert all(line.endswith("; asking again") for line in outcome.err.splitlines())
-    assert "HTTP 503" in outcome.err
 
 
 @pytest.mark.parametrize("kind", ["tag", "commit"])
@@ -226,12 +168,35 @@ def test_a_dataset_that_changed_is_fetched_anew_where_it_changed(run: Run, hub: 
     assert downloads(hub) == {FIRST: 1, SECOND: 1, THIRD: 2}
 
 
-def test_no_such_revision(run: Run, hub: HubStandIn) -> None:
-    assert run(*SUBSET, "--revision=v7").says("--revision", "v7", dsire.LORA_WISE)
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--revision=v7"], ["at revision v7", dsire.LORA_WISE]),
+        (["--subset=low_64"], ["--subset=low_64", dsire.LORA_WISE, "low_4"]),
+        (["--dataset=nobody/nothing"], ["no folder nobody/nothing is here", "HF_TOKEN"]),
+        (["--dataset=a--b/c"], ["a--b/c"]),
+    ],
+)
+def test_what_is_not_there(arguments: list[str], parts: list[str], run: Run, hub: HubStandIn) -> None:
+    assert run(*SUBSET, *arguments).says(*parts)
 
 
-def test_no_such_subset(run: Run, hub: HubStandIn) -> None:
-    assert run("--subset=low_64").says("--subset=low_64", dsire.LORA_WISE, "low_4")
+@pytest.mark.parametrize("address", ["https://huggingface.co/datasets/{}", "https://huggingface.co/{}/"])
+def test_an_address_is_taken_as_the_repository(address: str, run: Run, hub: HubStandIn, folder: Path) -> None:
+    outcome = run(f"--dataset={address.format(dsire.LORA_WISE)}", *SUBSET[1:])
+    assert_right(outcome, folder)
+    assert outcome.report["settings"]["dataset"] == dsire.LORA_WISE
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_a_subset_that_does_not_ship(network: bool, run_anew: Run, hub: HubStandIn) -> None:
+    """What ships is said rather than that the network is at fault."""
+    if not network:
+        hub.stop()
+    outcome = run_anew("--subset=low4")
+    if not network:
+        hub.start()
+    assert outcome.says("--subset=low4", "low_4" if network else "does not ship, as low_4 medium_4 recipes_4 do")
 
 
 @pytest.mark.parametrize("card", ["configs:\n- config_name: a\n  data_files: x.csv\n", "license: mit\n"])
@@ -242,43 +207,102 @@ def test_a_dataset_without_parquet(run: Run, hub: HubStandIn, tmp_path: Path, ca
     assert run("--dataset=somebody/texts").says("somebody/texts has no parquet to read", "README.md")
 
 
-def test_no_such_repository(run: Run, hub: HubStandIn) -> None:
-    assert run(*SUBSET, "--dataset=nobody/nothing").says("nobody/nothing", hub.endpoint, "HF_TOKEN")
-
-
-def test_gated_without_token_and_with_it(
-    run: Run, hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.repository.token = "hf_right"
-    assert run(*SUBSET).says(dsire.LORA_WISE, "gated", "HF_TOKEN")
-    HfFileSystem.clear_instance_cache()
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
-    assert_right(run(*SUBSET), folder)
-
-
-def test_gated_and_not_on_the_list(run: Run, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.repository.token, hub.repository.granted = "hf_right", False
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
-    assert run(*SUBSET).says(dsire.LORA_WISE, "access")
-
-
-def test_a_wrong_token(run: Run, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.repository.token = "hf_right"
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert run(*SUBSET).says(dsire.LORA_WISE, "HF_TOKEN")
-
-
-def test_no_network(run_anew: Run, hub: HubStandIn) -> None:
-    hub.stop()
-    outcome = run_anew(*SUBSET)
-    hub.start()
-    assert outcome.says(dsire.LORA_WISE, hub.endpoint, "network", "HF_ENDPOINT")
+@pytest.mark.parametrize("fault", ["no token", "a wrong token", "not on the list", "no network"])
+def test_a_hub_that_does_not_give_it(fault: str, run_anew: Run, hub: HubStandIn, folder: Path) -> None:
+    """One line, whatever it is; and none of it matters any more once it is mended."""
+    hub.repository.token, hub.repository.granted = "hf_right", fault != "not on the list"
+    token = {"no token": "", "a wrong token": "hf_wrong"}.get(fault, "hf_right")
+    if fault == "no network":
+        hub.stop()
+    outcome = run_anew(*SUBSET, HF_TOKEN=token)
+    if fault == "no network":
+        hub.start()
+    assert outcome.says(dsire.LORA_WISE, "network", "HF_TOKEN", "HF_ENDPOINT")
+    hub.repository.granted = True
+    assert_right(run_anew(*SUBSET, HF_TOKEN="hf_right"), folder)
 
 
 def test_offline(run_anew: Run, run: Run, hub: HubStandIn, folder: Path) -> None:
-    """HF_HUB_OFFLINE is an error as long as nothing is known of the dataset, and none after a run."""
-    assert run_anew(*SUBSET, HF_HUB_OFFLINE="1").says(dsire.LORA_WISE, "HF_HUB_OFFLINE")
+    """It is an error as long as nothing is known of the dataset, and none after a run."""
+    assert run_anew(*SUBSET, HF_HUB_OFFLINE="1").says(dsire.LORA_WISE, "offline mode is enabled")
     run(*SUBSET)
     hub.requests.clear()
     assert_right(run_anew(*SUBSET, HF_HUB_OFFLINE="1"), folder)
     assert hub.requests == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models to predict
+
+
+@pytest.fixture
+def lora(hub: HubStandIn, tmp_path: Path) -> Path:
+    """A repository user/lora, in the folder that is returned: a file in PEFT's layout, and what says its alpha."""
+    folder = tmp_path / "on the hub"
+    weights = {
+        key.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B"): torch.from_numpy(matrix)
+        for key, matrix in weights_of(("thing_03", 4)).items()
+    }
+    for name in ("adapter_model", "sub/other"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / f"{name}.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
+    torch.save(weights, folder / "lora.bin")
+    hub.add(folder, "user/lora", kind="model")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("item", "names"),
+    [
+        ("user/lora", ["user/lora:adapter_model.safetensors", "user/lora:sub/other.safetensors"]),
+        ("https://huggingface.co/user/lora:lora.bin", ["user/lora:lora.bin"]),
+        ("user/lora:adapter_model.safetensors", ["user/lora:adapter_model.safetensors"]),
+        ("user/lora:lora.bin", ["user/lora:lora.bin"]),
+    ],
+)
+def test_models_on_the_hub(item: str, names: list[str], run: Run, hub: HubStandIn, lora: Path, tmp_path: Path) -> None:
+    """They are called as the user knows them; alpha is found beside them; a second run needs no network."""
+    files, left_out = dsire.files_to_predict(item, tmp_path / "cache")
+    assert (list(files), left_out) == (names, {})
+    hub.stop()
+    again, _ = dsire.files_to_predict(item, tmp_path / "cache")
+    hub.start()
+    assert again == files
+    for file in files.values():
+        stated = [note for note in dsire.file_spectra(file).notes if "alpha" in note]
+        assert bool(stated) == (file.name == "other.safetensors")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("times", [1, None])
+def test_a_model_that_is_damaged_on_its_way(
+    name: str, times: int | None, run: Run, hub: HubStandIn, lora: Path, tmp_path: Path
+) -> None:
+    hub.faults.flip(f"*/{name}", times=times)
+    if times:
+        files, _ = dsire.files_to_predict("user/lora", tmp_path)
+        its = files["user/lora:adapter_model.safetensors"].with_name(name)
+        assert its.read_bytes() == (lora / name).read_bytes()
+    else:
+        assert run("--predict=user/lora").says(name, "user/lora", "damaged", "twice")
+        hub.faults.clear()
+        assert len(dsire.files_to_predict("user/lora", tmp_path / "cache")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("item", "parts"),
+    [
+        ("user/lora:nothing.bin", ["user/lora has no nothing.bin"]),
+        ("user/pickles", ["no safetensors", "user/name:file.bin"]),
+        ("unknown/suspect_1", ["unknown/suspect_1: no such file or folder here", "Hub"]),
+        ("unknown/suspect.safetensors", ["unknown/suspect.safetensors: no such file or folder"]),
+    ],
+)
+def test_models_that_are_not_there(
+    item: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pickles").mkdir()
+    (lora / "lora.bin").rename(tmp_path / "pickles" / "lora.bin")
+    hub.add(tmp_path / "pickles", "user/pickles", kind="model")
+    assert run(f"--predict={item}").says(*parts)

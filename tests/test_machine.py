@@ -61,9 +61,9 @@ def shell_code(code: int) -> int:
         ("HF_ENDPOINT", "hf-mirror.com", "--subset=low_8"),
     ],
 )
-def test_a_setting_at_fault_is_named(setting: str, value: str, asked: str, run_anew: Run) -> None:
+def test_a_setting_at_fault_is_one_line(setting: str, value: str, asked: str, run_anew: Run) -> None:
     outcome = run_anew(asked, NO_PROXY="", **{setting: value})
-    assert outcome.says(setting)
+    assert outcome.says("Hub", "check the network, HF_TOKEN and HF_ENDPOINT")
     assert outcome.out == ""
 
 
@@ -151,24 +151,11 @@ def test_interrupted_while_a_library_is_imported(library: str, run_anew: Run, tm
 # Paths
 
 
-def a_folder_of_length(length: int, start: Path) -> Path:
-    """A path of so many characters below `start`."""
-    path = start / ("d" * 100)
-    return path / ("d" * (length - len(f"{path}/")))
-
-
-@pytest.mark.parametrize("name", ["a [v1]", "*", "what? [a-z]*"])
-def test_a_folder_whose_name_is_like_a_pattern(name: str, run: Run, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a [v1]", "*", "what? [a-z]*", "d" * 100 + "/" + "d" * 100])
+def test_a_folder_whose_name_is_odd(name: str, run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     odd = folder.rename(tmp_path / name)
     assert_first_experiment(run(f"--dataset={odd}", "--subset=low_4", ONCE), by_the_book(odd))
-
-
-def test_a_folder_with_a_long_path(run: Run, folder: Path, tmp_path: Path) -> None:
-    long = a_folder_of_length(274, tmp_path)
-    long.parent.mkdir()
-    folder.rename(long)
-    assert len(str(long)) == 274
-    assert_first_experiment(run(f"--dataset={long}", "--subset=low_4", ONCE), by_the_book(long))
 
 
 def test_lora_files_with_long_names(run: Run, tmp_path: Path) -> None:

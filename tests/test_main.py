@@ -1,4 +1,4 @@
-"""The whole command: what it prints and writes, that it computes once, and models that are not as usual."""
+"""The whole command: what it prints and writes, that it computes once, options, and models that are not as usual."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import doctest
 import io
 import os
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,23 @@ from conftest import (
     table_of,
     write_folder,
 )
+from lora_writers import write_model
 
 import dsire
 
+Row = tuple[int, str, int, int, float]
+QUICK = ("--experiments=2", "--train_size=2")
+ESCAPES = "\x1b]0;title\x07\x1b[31m\u202e\nx"  # for a terminal's title and colours, to turn a line, and to end it
 
-def rows_of(predictions: str) -> list[tuple[int, str, int, int, float]]:
+
+def rows_of(predictions: str) -> list[Row]:
     """experiment, name, size, predicted and vote_share of every line."""
     header, *rows = csv.reader(io.StringIO(predictions))
     assert header == ["experiment", "name", "size", "predicted", "vote_share"]
     return [(int(run), name, int(size), int(guess), float(share)) for run, name, size, guess, share in rows]
 
 
-def rows_by_the_book(models: list[Model], experiments: list[Reference]) -> list[tuple[int, str, int, int, float]]:
+def rows_by_the_book(models: list[Model], experiments: list[Reference]) -> list[Row]:
     return [
         (number, str(models[model][0]), models[model][1], guess, pytest.approx(share, abs=1e-4))
         for number, run in enumerate(experiments, start=1)
@@ -45,7 +51,7 @@ def rows_by_the_book(models: list[Model], experiments: list[Reference]) -> list[
     ]
 
 
-def metrics_of(rows: list[tuple[int, str, int, int, float]]) -> dict[str, float]:
+def metrics_of(rows: list[Row]) -> dict[str, float]:
     """MAE, MAPE in % and accuracy in % of the rows of one experiment."""
     errors = [(abs(guess - size), size) for _, _, size, guess, _ in rows]
     return {
@@ -75,19 +81,23 @@ def test_the_shipped_subset_in_a_new_process(
 ) -> None:
     first = run_anew(HF_HUB_OFFLINE="1")
     assert (first.code, first.err) == (0, "")
-    assert "the small subset that ships with the script" in first.out
+    assert "no --subset was given; low_4 ships with the script: LoRAs of a small UNet on 8 x 8 digits" in first.out
+    assert "not to be compared with the paper's figures" in first.out
 
     rows = rows_of(first.predictions)
     assert rows == rows_by_the_book(*shipped_by_the_book)
     experiments = [metrics_of([row for row in rows if row[0] == number]) for number in range(1, 11)]
     report = first.report
     assert report["experiments"] == [pytest.approx(metrics) for metrics in experiments]
-    for metric in ("mae", "mape", "accuracy"):
+    (table,) = report["tables"]
+    assert table["heads"][1:4] == ["MAE", "MAPE %", "accuracy %"]
+    (name, *cells) = table["rows"][0]
+    assert name == "dsire"
+    for metric, (mean, std) in zip(("mae", "mape", "accuracy"), cells, strict=False):
         values = [metrics[metric] for metrics in experiments]
-        assert report["mean"][metric] == pytest.approx(statistics.fmean(values))
-        assert report["std"][metric] == pytest.approx(statistics.pstdev(values))
-        assert f"{report['mean'][metric]:.2f} ± {report['std'][metric]:.2f}" in first.out
-    assert report["mean"]["accuracy"] > 2 * 100 / 6  # twice the chance of one in six
+        assert (mean, std) == pytest.approx((statistics.fmean(values), statistics.pstdev(values)))
+        assert f"{mean:.2f} ± {std:.2f}" in first.out
+    assert cells[2][0] > 2 * 100 / 6  # twice the chance of one in six
 
     expected = {"subset": "low_4", "rank": 4, "seed": 42, "experiments": 10, "train_size": 15, "device": "cpu"}
     assert report["settings"].items() >= expected.items()
@@ -115,9 +125,8 @@ def test_a_second_run_gives_the_same_and_reads_no_shard(run: Run, folder: Path) 
 
 def test_a_shard_that_changed_is_computed_anew(run: Run, folder: Path) -> None:
     first = run(f"--dataset={folder}")
-    last = parquet_files(folder)[-1]
-    pq.write_table(table_of(models_of(20)[80:110]), last)
-    second = run(f"--dataset={folder}", "--subset=low_4")
+    pq.write_table(table_of(models_of(20)[80:110]), parquet_files(folder)[-1])
+    second = run(f"--dataset={folder}", "--subset=low_4", "--train_size=15")
     assert_by_the_book(second, folder)
     assert second.predictions != first.predictions
 
@@ -134,16 +143,187 @@ def test_another_protocol_on_the_same_spectra(run: Run, folder: Path, monkeypatc
 
 
 def test_the_paper_stands_beside_a_subset_of_lora_wise(run: Run, tmp_path: Path) -> None:
-    models = models_of(17, sizes=(1, 10, 20))
-    folder = write_folder(tmp_path / "wise", [table_of(models, rank=16)], subset="medium_16")
-    outcome = run(f"--dataset={folder}", "--subset=medium_16", "--rank=16")
+    folder = write_folder(tmp_path / "wise", [table_of(models_of(17, (1, 10, 20)), rank=16)], subset="medium_16")
+    outcome = run(f"--dataset={folder}", "--subset=medium_16", "--rank=16", "--train_size=15")
     assert outcome.code == 0, outcome.err
-    assert all(value in outcome.out for value in ("1.67 ± 0.17", "4.32 ± 0.46", "84.04 ± 1.85"))
+    values = ("1.67 ± 0.17", "4.32 ± 0.46", "84.04 ± 1.85")
+    assert all(value in outcome.out for value in values)
+    outcome = run(f"--dataset={folder}", "--subset=medium_16", "--rank=16")  # three quarters of 17: not the paper's
+    assert not any(value in outcome.out for value in values)
 
 
-def test_bare_parquet_without_readme(run: Run, folder: Path) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed and written
+
+
+@pytest.mark.parametrize(("micro_datasets", "trained"), [(2, 1), (3, 2), (8, 6), (19, 14), (20, 15), (21, 15)])
+def test_without_a_train_size(run: Run, tmp_path: Path, micro_datasets: int, trained: int) -> None:
+    folder = write_folder(tmp_path / "wise", [table_of(models_of(micro_datasets, (1, 2)))])
+    outcome = run(f"--dataset={folder}", "--experiments=1")
+    to_train = f"{trained} micro-dataset{'s' if trained > 1 else ''} to train"
+    assert f"1 experiment: {to_train}, {micro_datasets - trained} to test" in outcome.out
+    assert outcome.report["settings"]["train_size"] == trained
+
+
+def test_compare_writes_the_predictions_of_all(run: Run, folder: Path) -> None:
+    alone = run(f"--dataset={folder}", *QUICK)
+    outcome = run(f"--dataset={folder}", "--compare", *QUICK)
+    assert outcome.code == 0, outcome.err
+    rows = [*csv.DictReader(io.StringIO(outcome.predictions))]
+    names = [*dsire.PREDICTORS, *(f"dsire {matrix}" for matrix in dsire.MATRICES)]
+    assert {row["predictor"] for row in rows} == {*names}
+    of_dsire = [[*row.values()][:-1] for row in rows if row["predictor"] == "dsire"]
+    assert of_dsire == [line.split(",") for line in alone.predictions.splitlines()[1:]]
+    tables = outcome.report["tables"]
+    assert [row[0] for row in tables[0]["rows"]] == names
+    assert all(len(row) == len(table["heads"]) for table in tables for row in table["rows"])
+    assert all(table["title"] in outcome.out for table in tables)
+    (row,) = [line.split() for line in alone.out.splitlines() if line.startswith("dsire ")]
+    assert [line.split() for line in outcome.out.splitlines()].count(row) == 1
+
+
+def test_what_was_written_is_said(run: Run, folder: Path) -> None:
+    pictures = ["confusion.png", "spectra.png", "training.png"]
+    outcome = run(f"--dataset={folder}", "--plots", *QUICK)
+    files = ["predictions.csv", "report.json", *pictures]
+    assert outcome.out.splitlines()[-5:] == [f"wrote {outcome.output / name}" for name in files]
+    assert sorted(file.name for file in outcome.output.iterdir()) == sorted(files)
+    assert all((outcome.output / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"MPLBACKEND": "module://nothing.here", "DISPLAY": ""},
+        {"MPLBACKEND": "TkAgg", "DISPLAY": "", "MPLCONFIGDIR": "/proc/nowhere"},
+    ],
+    ids=str,
+)
+def test_pictures_whatever_matplotlib_is_told(setting: dict[str, str], run_anew: Run, folder: Path) -> None:
+    """A notebook hands its backend down to the commands that it starts."""
+    outcome = run_anew(f"--dataset={folder}", "--plots", *QUICK, **setting)
+    assert outcome.code == 0, outcome.err
+    assert "Traceback" not in outcome.err
+    assert len(list(outcome.output.glob("*.png"))) == 3
+
+
+def odd_parquet(tmp_path: Path, layer: str, name: str) -> list[Any]:
+    table = table_of([(f"{thing}{name}", size) for thing, size in models_of(4, (1, 2))][:-1])
+    table = table.rename_columns([column.replace("attn1", f"attn1{layer}") for column in table.column_names])
+    folder = write_folder(tmp_path / "wise", [table])
     (folder / "README.md").unlink()
-    assert_by_the_book(run(f"--dataset={folder}", "--rank=4"), folder)
+    return ["--dataset", folder, "--rank=4", *QUICK]
+
+
+def odd_files(tmp_path: Path, bad: bool) -> list[Any]:
+    folder = tmp_path / f"files{ESCAPES}"
+    with io.StringIO() as text:
+        rows = csv.writer(text)
+        rows.writerow(["file_name", "label", "name", "recipe"])
+        for name, size in models_of(4, (1, 2)):
+            file = write_model(folder / f"{name}{ESCAPES}{size}.safetensors", (name, size))
+            rows.writerow([file.name, size, f"{name}{ESCAPES}", f"{int(name[-1]) % 2}{ESCAPES}"])
+        (folder / "metadata.csv").write_text(text.getvalue())
+    if bad:
+        file.write_bytes(ESCAPES.encode() * 9)
+    return ["--dataset", folder]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda path: odd_parquet(path, "", ESCAPES),
+        lambda path: [*odd_parquet(path, ESCAPES, ""), "--compare"],
+        lambda path: [*odd_files(path, bad=False), *QUICK, "--compare"],
+        lambda path: [*odd_files(path, bad=False), "--predict", path / f"files{ESCAPES}"],
+        lambda path: odd_files(path, bad=True),
+        lambda path: ["--predict", path / f"no{ESCAPES}such.safetensors"],
+        lambda path: ["--subset", f"low{ESCAPES}"],
+        lambda path: ["--device", ESCAPES],
+        lambda path: ["--rank", ESCAPES],
+        lambda path: ["--output", f"/proc/{ESCAPES}"],
+    ],
+)
+def test_nothing_that_is_printed_carries_control(arguments: Any, run: Run, tmp_path: Path) -> None:
+    """Whatever is in names: each line is printable, and an error has one."""
+    outcome = run(*arguments(tmp_path))
+    lines = [*outcome.out.split("\n"), *outcome.err.split("\n")]
+    assert not [line for line in lines if not line.isprintable()]
+    assert outcome.code == 0 or outcome.says()
+
+
+def test_the_tables_keep_the_bytes_of_names(run: Run, tmp_path: Path) -> None:
+    assert all(ESCAPES in name for _, name, *_ in rows_of(run(*odd_parquet(tmp_path, "", ESCAPES)).predictions))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize("device", ["hpu", "gpu", "meta", "mps", "cuda:99", "cuda:x", "CPU"])
+def test_a_device_that_is_none(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short line, before anything is looked for."""
+    monkeypatch.setattr(dsire, "find_source", None)
+    outcome = run(f"--device={device}")
+    assert outcome.says(f"--device={device}", "cpu")
+    assert len(outcome.err) < 200
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--compare", "--predict", "x"],
+        ["--confidence=0.8"],
+        ["--rank=0"],
+        ["--train_size=-1"],
+        ["--experiments=9007199254740993"],
+        ["--leave_out=recipe"],
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(arguments: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names the option, before anything is looked for."""
+    monkeypatch.setattr(dsire, "find_source", None)
+    assert run(*arguments).says(arguments[0].split("=")[0])
+
+
+def test_pictures_need_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dsire.py", "--plots"])
+    assert dsire.main() == 2
+    assert "give it with --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--output=/proc/x", "--save_spectra=/proc/x/y.safetensors"])
+def test_a_place_that_cannot_be_written_is_known_before(option: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dsire, "find_source", None)
+    assert run(option).says("/proc/x")
+
+
+def test_a_base_that_nobody_needs(run: Run, folder: Path, tmp_path: Path) -> None:
+    file = write_model(tmp_path / "new.safetensors", ("new", 2))
+    base = Path(dsire.SHIPPED).parent / "tiny_full" / "base.safetensors"
+    for more in (QUICK, ["--predict", file]):
+        assert "--base is not used" in run(f"--dataset={folder}", f"--base={base}", *more).out
+
+
+def test_a_predictor_of_ones_own(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices are read when the command line is."""
+    monkeypatch.setitem(dsire.PREDICTORS, "mine", lambda spectra, splits: dsire.dsire(spectra, splits))
+    usual = run(f"--dataset={folder}", *QUICK)
+    outcome = run(f"--dataset={folder}", "--predictor=mine", *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert outcome.predictions == usual.predictions
+    assert "mine" in run(f"--dataset={folder}", "--compare", *QUICK).out
+
+
+def test_errors_of_a_disk_and_of_memory_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (PermissionError(13, "Permission denied", "/a/place"), MemoryError(), RecursionError("too deep")):
+
+        def fail(*_: Any, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(dsire, "find_source", fail)
+        assert run().says("/a/place" if isinstance(error, OSError) else "e")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,48 +351,32 @@ UNUSUAL: dict[str, Callable[[pa.Table], pa.Table]] = {
 def test_layouts(run: Run, tmp_path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     models = models_of(18)
     folder = write_folder(tmp_path / "wise", [change(table_of(part)) for part in (models[:60], models[60:])])
-    assert_by_the_book(run(f"--dataset={folder}"), folder)
+    assert_by_the_book(run(f"--dataset={folder}", "--train_size=15"), folder)
 
 
-def test_several_row_groups(run: Run, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "wise", [table_of(models_of(18))], row_group_size=25)
-    assert pq.ParquetFile(parquet_files(folder)[0]).num_row_groups == 5
-    assert_by_the_book(run(f"--dataset={folder}"), folder)
-
-
-def test_lists_of_float32(run: Run, tmp_path: Path) -> None:
+def test_row_groups_and_float32_change_nothing(run: Run, tmp_path: Path) -> None:
     """The values are float32 precise, so that nothing is lost."""
-    models = models_of(18)
-    outcomes = []
-    for kind in (pa.float64(), pa.float32()):
-        folder = write_folder(tmp_path / str(kind), [table_of(models, number=kind)])
-        outcomes.append(run(f"--dataset={folder}").predictions)
-    assert outcomes[0] == outcomes[1]
-
-
-def test_shards_with_their_columns_in_another_order(run: Run, tmp_path: Path) -> None:
-    """The first shard's order counts."""
-    models = models_of(18)
-    shards = [table_of(models[:60]), table_of(models[60:])]
-    plain = run(f"--dataset={write_folder(tmp_path / 'plain', shards)}")
-    mixed = run(f"--dataset={write_folder(tmp_path / 'mixed', [shards[0], up_before_down(shards[1])])}")
-    assert (plain.code, mixed.code) == (0, 0), mixed.err
-    assert mixed.predictions == plain.predictions
+    models = models_of(20)
+    folder = write_folder(tmp_path / "groups", [table_of(models)], row_group_size=25)
+    assert pq.ParquetFile(parquet_files(folder)[0]).num_row_groups == 5
+    outcome = run(f"--dataset={folder}")
+    assert_by_the_book(outcome, folder)
+    narrow = write_folder(tmp_path / "float32", [table_of(models, number=pa.float32())])
+    assert run(f"--dataset={narrow}").predictions == outcome.predictions
 
 
 def test_missing_sizes_and_duplicates_are_said(run: Run, tmp_path: Path) -> None:
     models = [model for model in models_of(18) if model not in (("thing_03", 2), ("thing_05", 6))]
     folder = write_folder(tmp_path / "wise", [table_of([*models, models[0], models[1]])])
-    outcome = run(f"--dataset={folder}")
+    outcome = run(f"--dataset={folder}", "--train_size=15")
     assert_by_the_book(outcome, folder)
     assert "2 models have the micro-dataset and size of another one" in outcome.out
-    assert "2 micro-datasets lack a size: thing_03, thing_05" in outcome.out
+    assert any("thing_03" in note and "thing_05" in note and "size" in note for note in outcome.report["notes"])
 
 
 def test_one_size_in_training_only_and_one_in_testing_only(run: Run, tmp_path: Path) -> None:
     """A size that no training model has can't be predicted, and is wrong."""
-    models = [*models_of(2, sizes=(1, 2)), ("lone", 40)]
-    folder = write_folder(tmp_path / "wise", [table_of(models)])
+    folder = write_folder(tmp_path / "wise", [table_of([*models_of(2, sizes=(1, 2)), ("lone", 40)])])
     outcome = run(f"--dataset={folder}", "--train_size=1")
     assert outcome.code == 0, outcome.err
     assert {guess for _, _, size, guess, _ in rows_of(outcome.predictions) if size == 40} <= {1, 2}

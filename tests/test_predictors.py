@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -108,15 +109,11 @@ def test_log_ridge_is_ridge_with_a_penalty_from_leave_one_group_out(part: dsire.
     errors = {penalty: np.sqrt(np.mean((y - held_out) ** 2)) for penalty, held_out in left_out.items()}
     best = min(errors, key=lambda penalty: errors[penalty])
     assert min(dsire.PENALTIES) < best < max(dsire.PENALTIES)
-    ridge = Ridge(best, solver="cholesky")
-    expected = ridge.fit(x, y).predict(z)
-    turns = [ridge.fit(x[groups != group], y[groups != group]).predict(z) for group in range(train.count)]
-    fit = dsire.LogRidge.fit(train, test)
+    expected = Ridge(best, solver="cholesky").fit(x, y).predict(z)
     close = {"rtol": 0, "atol": 1e-6}
-    np.testing.assert_allclose(fit.answers.numpy(), expected, **close)
-    np.testing.assert_allclose(fit.held_out.numpy(), left_out[best], **close)
-    np.testing.assert_allclose(fit.turns.numpy(), np.stack(turns, axis=1), **close)
-    assert fit.deviation == pytest.approx(errors[best], rel=1e-6)
+    for its, logs_of_n in zip(dsire.fitted_ridge(train, test), (expected, left_out[best]), strict=True):
+        assert its.answers is not None
+        np.testing.assert_allclose(its.answers.log().numpy(), logs_of_n, **close)
 
     known = np.unique(train.sizes.numpy())
     nearest = known[np.abs(expected[:, None] - np.log(known)).argmin(1)]
@@ -128,75 +125,57 @@ def test_log_ridge_is_ridge_with_a_penalty_from_leave_one_group_out(part: dsire.
     np.testing.assert_allclose(regression.shares.numpy(), weights, **close)
 
 
-def test_log_ridge_of_several_recipes_is_fitted_anew_without_each_micro_dataset(part: dsire.Spectra) -> None:
-    """Of both kernels, by the equations of a ridge with an intercept, solved for the models that are left; and mixed by
-    the distance from the nearest of those."""
-    second = part.micro_datasets % 2 == 1  # as if their recipe made them larger
+def two_recipes(part: dsire.Spectra) -> dsire.Spectra:
+    """Half of the micro-datasets as if their recipe made them larger."""
+    second = part.micro_datasets % 2 == 1
     values = torch.where(second[:, None], 1.5, 1.0) * part.values
-    both = dsire.replace(part, values=values, recipes=["ab"[int(number)] for number in second])
+    return dsire.replace(part, values=values, recipes=["ab"[int(number)] for number in second])
+
+
+def ridge_by_its_equations(
+    kernel: Tensor, cross: Tensor, y: Tensor, units: Tensor, penalty: float
+) -> tuple[Tensor, Tensor]:
+    """A ridge with an intercept: what is said of new models, and of known ones, fitted anew without each one's unit."""
+
+    def fitted_on(rest: Tensor, side: Tensor) -> Tensor:
+        border = torch.ones(len(rest), 1, dtype=torch.float64)
+        ridge = kernel[rest][:, rest] + penalty * torch.eye(len(rest), dtype=torch.float64)
+        system = torch.cat([torch.cat([ridge, border], 1), torch.cat([border.T, torch.zeros(1, 1)], 1)])
+        *weights, intercept = torch.linalg.solve(system, torch.cat([y[rest], torch.zeros(1)]))
+        return side[:, rest] @ torch.stack(weights) + intercept
+
+    held_out, every = torch.zeros_like(y), torch.arange(len(y))
+    for unit in units.unique():
+        held_out[units == unit] = fitted_on(every[units != unit], kernel[units == unit])
+    return fitted_on(every, cross), held_out
+
+
+def test_log_ridge_of_several_recipes_mixes_two_ridges_fitted_anew_without_each_micro_dataset(
+    part: dsire.Spectra,
+) -> None:
+    both = two_recipes(part)
     (run,) = dsire.splits(both.micro_datasets, dsire.Protocol(experiments=1, train_size=12))
     train, test = both.of_models(run.train), both.of_models(run.test)
     x, z = dsire.log_features(train, test)
     among, between = dsire.recipe_distances(x, z, train, test)
-    y, every = train.sizes.double().log(), torch.arange(len(train.names))
-    folds = [train.micro_datasets == number for number in range(train.count)]
-
-    def fitted_anew(kernel: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is said of test models; of training models that are left out; of test models at each turn."""
-
-        def fitted_on(rest: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-            border = torch.ones(len(rest), 1, dtype=torch.float64)
-            ridge = kernel[rest][:, rest] + penalty * torch.eye(len(rest), dtype=torch.float64)
-            system = torch.cat([torch.cat([ridge, border], 1), torch.cat([border.T, torch.zeros(1, 1)], 1)])
-            *weights, intercept = torch.linalg.solve(system, torch.cat([y[rest], torch.zeros(1)]))
-            known, new = (side[:, rest] @ torch.stack(weights) + intercept for side in (kernel, cross))
-            return known, new
-
-        turns, held_out = {}, {}
-        for penalty in dsire.PENALTIES:
-            held_out[penalty], turns[penalty] = torch.zeros_like(y), []
-            for out in folds:
-                known, new = fitted_on(every[~out], penalty)
-                held_out[penalty][out] = known[out]
-                turns[penalty].append(new)
-        best = min(dsire.PENALTIES, key=lambda penalty: float((held_out[penalty] - y).square().mean()))
-        return fitted_on(every, best)[1], held_out[best], torch.stack(turns[best], dim=1)
-
-    kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
-    line = fitted_anew(kernel, cross)
-    local = fitted_anew((1 + kernel) / (1 + among / 64), (1 + cross) / (1 + between / 64))
-    nearest = [between.min(1).values, torch.zeros_like(y), torch.zeros_like(line[2])]
-    for number, out in enumerate(folds):
-        nearest[1][out] = torch.stack([among[model, ~out].min() for model in every[out]])
-        nearest[2][:, number] = between[:, ~out].min(1).values
-    expected = [(25 * one + d * other) / (25 + d) for one, other, d in zip(local, line, nearest, strict=True)]
-    fit = dsire.LogRidge.fit(train, test)
-    assert nearest[0].max() > 4  # both count
-    for its, what in zip((fit.answers, fit.held_out, fit.turns), expected, strict=True):
-        torch.testing.assert_close(its, what, rtol=0, atol=1e-6)
-
-
-def test_recipe_distances_are_those_of_four_numbers(part: dsire.Spectra) -> None:
-    """By the book: the mean log norms of A and B, and scikit-learn's components of the groups' means."""
-    from sklearn.decomposition import PCA
-
-    both = dsire.replace(part, recipes=["ab"[int(number) % 2] for number in part.micro_datasets])
-    x, z = dsire.log_features(both, both)
-    groups = [(recipe, size) for recipe, size in zip(both.recipes, both.sizes.tolist(), strict=True)]
-    members = {group: [model for model, its in enumerate(groups) if its == group] for group in groups}
-    means = np.stack([x[its].mean(0).numpy() for its in members.values()])
-    norms = both.values.norm(dim=-1).log()
-    kinds = [norms[[voter.matrix == matrix for voter in both.voters]].mean(0).numpy() for matrix in "AB"]
-    places = np.column_stack([PCA(2).fit(means).transform(x.numpy()), *kinds])
-    within = np.concatenate([places[its] - places[its].mean(0) for its in members.values()])
-    deviations = places.std(0, ddof=1)
-    before = np.cov((places / deviations).T) / 25
-    scaled = within / deviations
-    covariance = (scaled.T @ scaled + 4 * before) / (len(places) - len(members) + 4)
-    apart = (places[:5, None] - places[None]) / deviations
-    expected = np.einsum("nmi,ij,nmj->nm", apart, np.linalg.inv(covariance), apart)
-    found, _ = dsire.recipe_distances(x, z, both, both)
-    np.testing.assert_allclose(found[:5].numpy(), expected, rtol=1e-3, atol=1e-9)
+    kernel, cross, y, units = (
+        x @ x.T / x.shape[1],
+        z @ x.T / x.shape[1],
+        train.sizes.double().log(),
+        train.micro_datasets,
+    )
+    line, local = (
+        min(
+            (ridge_by_its_equations(*kernels, y, units, penalty) for penalty in dsire.PENALTIES),
+            key=lambda its: float((its[1] - y).square().mean()),
+        )
+        for kernels in ((kernel, cross), ((1 + kernel) / (1 + among / 64), (1 + cross) / (1 + between / 64)))
+    )
+    others = torch.where(units[:, None] == units, math.inf, among)
+    near = [1 / (1 + squared.min(1).values / 25) for squared in (between, others)]
+    for its, one, other, trust in zip(dsire.fitted_ridge(train, test), line, local, near, strict=True):
+        assert its.answers is not None
+        torch.testing.assert_close(its.answers.log(), (1 - trust) * one + trust * other, rtol=0, atol=1e-6)
 
 
 def of_values(values: list[list[list[float]]]) -> dsire.Spectra:
@@ -243,31 +222,24 @@ def test_a_regression_names_a_size_that_was_left_out() -> None:
     assert set(dsire.log_ridge(spectra, runs)[0].sizes.tolist()) == {20}  # log 10 is nearer to log 20 than to log 1
 
 
-def test_unseen_sizes_are_those_between_two_others() -> None:
+def test_models_whose_size_is_not_labelled() -> None:
+    """In n ** -0.5, 20 is nearest to 10, 0.09 away, and 50 to 20, 0.08 away; in log it is 10, 0.7 away."""
     spectra = power_law([1, 10, 20, 50])
-    runs = dsire.splits(spectra.micro_datasets, dsire.Protocol(3, 2, 0))
-    for run in runs:
-        gaps = dsire.without_sizes(spectra, run)
-        assert list(gaps) == [1, 10, 20, 50]
-        for size, gap in gaps.items():
-            assert set(spectra.sizes[gap.test].tolist()) == {size}
-            assert size not in spectra.sizes[gap.train].tolist()
-            assert (len(gap.train), len(gap.test)) == (2 * 3, 4)  # four test micro-datasets
-    # the nearest in n ** -0.5: 20 for 10 (0.09 and 0.68 away), and 50 for 20 (0.08) or 10 (0.09)
-    assert dsire.unseen_sizes(spectra, runs)["dsire"] == [(20, 125, 0)] * 3  # errors 10 of 10 and 30 of 20
+    for run in dsire.splits(spectra.micro_datasets, dsire.Protocol(3, 2, 0)):
+        found = dsire.if_unlabelled(spectra, run)
+        errors = {size: found[spectra.sizes[run.test] == size, :3].unique(dim=0).tolist() for size in (10, 20)}
+        assert errors == {10: [[10, 10, 0]], 20: [[30, 10, 0]]}
 
 
 def test_sizes_that_cannot_be_left_out() -> None:
-    """Of three sizes one is trained on alone, and another one is not asked for."""
+    """All models to train on are of one size: what is left of others can't be told by them."""
     spectra = power_law([1, 10, 50], micro_datasets=2)
-    run = dsire.Split(torch.tensor([1, 4]), torch.tensor([0, 1, 3, 4]))
-    assert [(size, gap.test.tolist()) for size, gap in dsire.without_sizes(spectra, run).items()] == [(1, [0, 3])]
-    assert dsire.unseen_sizes(spectra, [run]) == {}
+    alone = dsire.if_unlabelled(spectra, dsire.Split(torch.tensor([1, 4]), torch.tensor([0, 1, 3, 4])))
+    assert alone.isnan().all()
 
 
 def log_ridge_of(train: dsire.Spectra, test: dsire.Spectra) -> dsire.Prediction:
-    both, split = dsire.beside(train, test)
-    return dsire.log_ridge(both, [split])[0]
+    return dsire.fitted_ridge(train, test)[0]
 
 
 def test_log_ridge_with_a_single_model_or_micro_dataset_and_with_zeros() -> None:
@@ -281,41 +253,52 @@ def test_log_ridge_with_a_single_model_or_micro_dataset_and_with_zeros() -> None
 
 
 def test_the_tables_of_a_comparison(part: dsire.Spectra) -> None:
-    """By size and by voter, those of scikit-learn; each row that of the predictor alone, on its own splits."""
-    found = dsire.compare(part, PROTOCOL)
+    """Each row is that of the predictor alone, on its own splits; by size, that of scikit-learn."""
+    tables, found = dsire.compare(part, PROTOCOL, {"dsire": ((0.36, 0.04), (11.36, 1.55), (69.3, 3.83))})
     runs = dsire.splits(part.micro_datasets, PROTOCOL)
-    arrays = [arrays_of(part, run) for run in runs]
-    votes = [nearest_votes(*its) for its in arrays]
-    sizes = [part.sizes[run.test].numpy() for run in runs]
-    for size, parts in found.tables["by_size"].items():
-        for its_votes, true, its in zip(votes, sizes, parts, strict=True):
-            asked = true == int(size)
-            said = np.array(winners(its_votes))[asked]
-            assert its.mae == pytest.approx(np.abs(said - int(size)).mean())
-            assert its.accuracy == pytest.approx(100 * (said == int(size)).mean())
-    hits = [(its_votes == true).mean(1) for its_votes, true in zip(votes, sizes, strict=True)]
-    np.testing.assert_allclose(found.accuracies.numpy(), 100 * np.mean(hits, 0))
-    for name, predictor in dsire.PREDICTORS.items():
-        assert found.tables["compare"][name] == dsire.evaluate(part, predictor, PROTOCOL)
-    for matrix in dsire.MATRICES:
-        alone = dsire.evaluate(part.of_matrices([matrix]), dsire.dsire, PROTOCOL)
-        assert found.tables["compare"][f"dsire {matrix}"] == alone
-    for count, its in found.tables["by_train_size"].items():
-        assert its == dsire.evaluate(part, dsire.dsire, PROTOCOL._replace(train_size=int(count)))
+    first, growth, by_size, *_ = tables
+    assert [row[0] for row in first.rows] == [*dsire.PREDICTORS, "dsire A", "dsire B", "dsire BA"] == [*found]
+    for name, *cells in first.rows:
+        matrix = name.removeprefix("dsire ") if name.startswith("dsire ") else ""
+        spectra = part.of_matrices([matrix or "A", matrix or "B", matrix or "BA"])
+        its = dsire.evaluate(spectra, dsire.PREDICTORS[name] if not matrix else dsire.dsire, PROTOCOL)
+        assert cells[:3] == [*dsire.mean_and_std(its).values()]
+        assert dsire.judge(part, runs, found[name]) == its
+        assert cells[-3:] == ([(0.36, 0.04), (11.36, 1.55), (69.3, 3.83)] if name == "dsire" else [None] * 3)
+    for count, *cells in growth.rows:
+        its = dsire.evaluate(part, dsire.dsire, PROTOCOL._replace(train_size=int(count)))
+        assert cells == [*dsire.mean_and_std(its).values()]
+    true = np.concatenate([part.sizes[run.test].numpy() for run in runs])
+    said = np.concatenate([winners(nearest_votes(*arrays_of(part, run))) for run in runs])
+    for size, mae, accuracy, *_ in by_size.rows[:-1]:
+        its_errors = np.abs(said - true)[true == int(size)]
+        assert (mae, accuracy) == (pytest.approx(its_errors.mean()), pytest.approx(100 * (its_errors == 0).mean()))
+    assert by_size.rows[-1][:2] == ["all", pytest.approx(np.abs(said - true).mean())]
+
+
+def test_a_table_is_aligned_by_what_stands_in_it() -> None:
+    table = dsire.Table("a title", ["row", "MAE", "a head"], [["one", (0.5, 0.0625), None], ["second", 12, 0.1]])
+    assert table.lines() == [
+        "",
+        "a title",
+        "row             MAE  a head",
+        "one     0.50 ± 0.06",
+        "second           12    0.10",
+    ]
+    assert dsire.Table("", ["row"], [["one"]]).lines() == ["", "row", "one"]
 
 
 def test_compare_and_plots(run: Run, tiny_wise: Path, tmp_path: Path) -> None:
     outcome = run(f"--dataset={tiny_wise}", "--subset=low_4", "--experiments=2", "--compare", "--plots")
     assert outcome.code == 0, outcome.err
     names = [*dsire.PREDICTORS, "dsire A", "dsire B", "dsire BA"]
-    assert list(outcome.report["compare"]) == names
-    rows = {name: re.search(rf"^{re.escape(name)} +\d+\.\d\d ± .*$", outcome.out, re.MULTILINE) for name in names}
-    assert all(rows.values()), rows
-    for name in names:
-        mean, std = outcome.report["compare"][name]["mae"]
-        assert f"{mean:.2f} ± {std:.2f}" in rows[name][0]  # type: ignore[index]
-    assert outcome.report["by_train_size"]["15"] == outcome.report["compare"]["dsire"]
-    for picture in ("confusion", "spectra", "layers", "training"):
+    first, growth, *_ = outcome.report["tables"]
+    assert [row[0] for row in first["rows"]] == names
+    for name, (mean, std), *_ in first["rows"]:
+        assert re.search(rf"^{re.escape(name)} +{mean:.2f} ± {std:.2f} ", outcome.out, re.MULTILINE), name
+    assert growth["rows"][-1][1:] == first["rows"][0][1:4]
+    assert len(outcome.predictions.splitlines()) == 1 + len(names) * 2 * 25 * 6
+    for picture in ("confusion", "spectra", "training"):
         assert (tmp_path / "output" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -329,8 +312,7 @@ def test_log_regression_of_spectra_far_from_all_others_is_a_size() -> None:
     train = power_law([1, 4, 16])
     for factor, size in ((1e-30, 64), (1e30, 1)):
         far = dsire.replace(train, values=factor * train.values)
-        both, split = dsire.beside(train, far)
-        assert set(dsire.log_regression(both, [split])[0].sizes.tolist()) == {size}
+        assert set(dsire.leave_out(train, far, dsire.log_regression)[0].sizes.tolist()) == {size}
 
 
 def test_plots_of_gda_and_nothing_lost_with_too_few_models(run: Run, tiny_wise: Path) -> None:
@@ -341,14 +323,20 @@ def test_plots_of_gda_and_nothing_lost_with_too_few_models(run: Run, tiny_wise: 
     # one micro-dataset is enough, under seven recipes, though nothing can be left out then
     outcome = run(*recipes, "--train_size=1", "--plots", "--compare")
     assert outcome.code == 0
-    assert outcome.report["by_recipe"]["seen"] == [[None] * 4] * 7
+    by_recipe = [table for table in outcome.report["tables"] if table["heads"][0] == "recipe"]
+    assert [row[1] for table in by_recipe for row in table["rows"]] == [None] * 3 * 8
 
 
-def test_the_paper_is_quoted_only_where_it_was_judged_alike() -> None:
-    settings: dict[str, Any] = {"subset": "low_32", "matrices": ["A", "B", "BA"], "train_size": 15}
-    assert dsire.paper_values(settings)["dsire"][0] == (0.36, 0.04)
-    assert not dsire.paper_values({**settings, "matrices": ["B"]})
-    assert not dsire.paper_values({**settings, "train_size": 5})
+def test_the_paper_stands_beside_ours_where_it_has_the_row() -> None:
+    rows = {"dsire": [dsire.Metrics(0.5, 12, 60)] * 2, "ridge": [dsire.Metrics(0.75, 12, 60)] * 2}
+    (_, *dsire_cells), (_, *ridge_cells) = dsire.metrics_table("", rows, {"dsire": ((0.36, 0.04),) * 3}, True).rows
+    assert dsire_cells == [(0.5, 0), (12, 0), (60, 0), None, *[(0.36, 0.04)] * 3]
+    assert ridge_cells == [(0.75, 0), (12, 0), (60, 0), "+0.250 ± 0.000", None, None, None]
+    assert dsire.metrics_table("", rows, {"gda": ((0.36, 0.04),) * 3}, False).heads[1:] == [
+        "MAE",
+        "MAPE %",
+        "accuracy %",
+    ]
 
 
 @pytest.mark.parametrize("device", ["meta", "nowhere", "cuda:99"])
