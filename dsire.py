@@ -55,7 +55,7 @@ from torch import Tensor
 LORA_WISE = "MoSalama98/LoRA-WiSE"
 SHIPPED = Path(__file__).resolve().parent / "tests" / "tiny_wise"
 SHIPPED_SUBSET = "low_4"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dsire"
+CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "dsire"
 MATRICES = ("A", "B", "BA")
 LARGEST = 32  # singular values of a change of the weights that are kept, unless --rank says how many
 FORMAT = 5  # of files of spectra, in the cache and shared: those of another format are not read
@@ -92,7 +92,7 @@ class DsireError(Exception):
 
 
 class NoLora(DsireError):
-    """A sound file of something else, such as lies beside LoRAs: in a folder it is left out and counted."""
+    """A sound file of something else, such as stands beside LoRAs: in a folder it is left out and counted."""
 
 
 def shown(what: object) -> str:
@@ -119,6 +119,15 @@ def asking(what: str, hint: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # a library may raise anything
         raise DsireError(f"{what} ({shown(error)})" + (f": {hint}" if hint else "")) from error
+
+
+@contextmanager
+def naming(name: object) -> Iterator[None]:
+    """Begin an error with the name that the user has for the file."""
+    try:
+        yield
+    except DsireError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def counted(number: int, what: str) -> str:
@@ -155,12 +164,7 @@ def one_thread_each() -> Iterator[None]:
 def in_parallel(
     function: Callable[[Any], T], items: Sequence[Any], at_once: int | None = None, name: str = ""
 ) -> list[T]:
-    """What the function gives for each item, computed on all cores, each call with one thread.
-
-    Args:
-        at_once: how many calls run at the same time, if fewer than there are cores.
-        name: of a progress bar; without it there is none.
-    """
+    """What the function gives for each item, on all cores (or `at_once`), a thread each; `name` is a progress bar's."""
     from tqdm import tqdm
 
     with one_thread_each(), ThreadPoolExecutor(min(at_once or cores(), cores())) as pool:
@@ -179,14 +183,9 @@ def lora_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     and H = Bᵀ B, and G = L Lᵀ (Cholesky), the squares of the singular values are the eigenvalues of G, H and Lᵀ H L.
     Squares lose half of the digits where singular values lie far apart: such a model goes by way of `qr_spectra`.
 
-    Args:
-        a, b: A ("down") [..., r, in] and B ("up") [..., out, r], float64.
-
-    Returns:
-        Three tensors [..., r] in float64. Where a dimension is smaller than r the missing values are zeros.
-
-    Raises:
-        FloatingPointError: a weight is not finite, or so large that the product overflows.
+    A ("down") is [..., r, in], B ("up") [..., out, r], and what is returned three times [..., r], all in float64; where
+    a dimension is smaller than r the missing values are zeros. Raises FloatingPointError where a weight is not finite,
+    or so large that the product overflows.
     """
     g, h = gram(a), gram(b.mT)
     lower, failed = torch.linalg.cholesky_ex(g)
@@ -257,11 +256,7 @@ def of_rank(values: Tensor, rank: int) -> Tensor:
 
 
 def batch_spectra(a: Tensor, b: Tensor, device: str) -> Tensor:
-    """lora_spectra of a batch on a device, [3, models, r] on the CPU; the batch is halved while the memory is short.
-
-    Raises:
-        DsireError: the device can't hold a single model's layer.
-    """
+    """`lora_spectra` of a batch on a device, [3, models, r] on the CPU; the batch is halved while memory is short."""
     try:
         return torch.stack(lora_spectra(a.to(device), b.to(device))).cpu()
     except torch.cuda.OutOfMemoryError:
@@ -369,12 +364,7 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
     """For each split, voter and test model, the nearest training model (Euclidean; the first one of equals).
 
     Distances are exact, each computed by itself and once for all splits: models with equal spectra are equally far.
-
-    Args:
-        values: float64 [voters, models, r].
-
-    Returns:
-        For each split the numbers of models, int64 [voters, test models].
+    Of values, float64 [voters, models, r], the numbers of models are returned, int64 [voters, test models] each.
     """
     trained = torch.cat([split.train for split in splits]).unique()
     asked = torch.cat([split.test for split in splits]).unique()
@@ -490,11 +480,7 @@ def gda(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
 
 
 def fitted_voters(new_estimator: Callable[[], Any], spectra: Spectra, splits: list[Split]) -> list[Prediction]:
-    """The majority of the training sizes nearest to what one scikit-learn estimator per voter answers.
-
-    Raises:
-        DsireError: there are too few training models for the estimator.
-    """
+    """The majority of the training sizes nearest to what one scikit-learn estimator per voter answers."""
     x, sizes = spectra.values.numpy(), spectra.sizes
 
     def vote(split: Split) -> Prediction:
@@ -535,14 +521,7 @@ def metrics(sizes: Tensor, predicted: Tensor) -> Metrics:
 
 
 def splits(micro_datasets: Tensor, protocol: Protocol) -> list[Split]:
-    """Models to train on and models to test on, once per experiment; a micro-dataset is never divided.
-
-    Args:
-        micro_datasets: of each model, 0 to K - 1, int64 [models].
-
-    Raises:
-        DsireError: there are fewer than train_size + 1 micro-datasets.
-    """
+    """Models to train on and to test on, once per experiment; none of the micro-datasets [models] is divided."""
     count, train_size = len(micro_datasets.unique()), protocol.train_size
     if train_size >= count:
         works = f"the largest --train_size that works is {count - 1}" if count > 1 else "an evaluation needs two"
@@ -575,11 +554,6 @@ def mean_and_std(experiments: list[Metrics]) -> dict[str, tuple[float, float]]:
     return dict(zip(Metrics._fields, zip(means, stds, strict=True), strict=True))
 
 
-def default_train_size(count: int) -> int:
-    """Micro-datasets to train on where nobody says how many: the paper's 15, or three quarters of fewer than 20."""
-    return Protocol().train_size if count >= 20 else max(1, 3 * count // 4)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Beyond the paper: one regression from all log spectra to log n
 
@@ -590,9 +564,7 @@ def log_ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """One ridge regression from all log spectra to log n; answers the training size nearest in log.
 
     Singular values shrink roughly as a power of n, so their logarithms are near linear in log n, in every voter; and a
-    regression knows what a classifier does not, that 4 lies between 3 and 5. The penalty is the one that predicts best
-    when the training micro-datasets are left out in turn: nothing is chosen on test models. The shares are those of a
-    normal distribution about the answer, as wide as the errors on what was left out.
+    regression knows what a classifier does not, that 4 lies between 3 and 5. Nothing is chosen on test models.
     """
     with one_thread_each():
         return [fitted_ridge(spectra.of_models(split.train), spectra.of_models(split.test))[0] for split in splits]
@@ -620,10 +592,7 @@ def whole_numbers(candidates: Tensor) -> Tensor:
 def fitted_ridge(train: Spectra, new: Spectra) -> tuple[Prediction, Prediction]:
     """What `log_ridge` says of new models, and of each training model when its micro-dataset is left out.
 
-    A recipe moves all norms, so that one line through several recipes fits none. Of several recipes, models weigh the
-    less for each other the farther they are apart (`recipe_distances`): 1 + k, for the kernel k of the line, is divided
-    by 1 + (d / 8)², so that neighbouring recipes and sizes speak for each other. Of what is far from all labelled
-    models the line knows more: its answer counts with (d / 5)² to 1 for a distance d from the nearest.
+    But features are standardised, and recipes' distances taken, with all: of several recipes it is somewhat too good.
     """
     x, z = log_features(train, new)
     kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
@@ -631,28 +600,25 @@ def fitted_ridge(train: Spectra, new: Spectra) -> tuple[Prediction, Prediction]:
     units = train.micro_datasets if train.count > 1 else torch.arange(len(y))
     answers, left_out = left_out_ridge(kernel, cross, y, units)
     if train.of_recipe.any():
+        # one line through several recipes fits none: the near ones weigh more; of what is far from all it knows more
         among, between = recipe_distances(x, z, train, new)
-        local = left_out_ridge((1 + kernel) / (1 + among / 8**2), (1 + cross) / (1 + between / 8**2), y, units)
-        others = among.masked_fill(units[:, None] == units, math.inf)
-        to_nearest = between.amin(1), others.amin(1)
-        far = [1 - 1 / (1 + squared / 5**2) for squared in to_nearest]
-        answers = local[0] + far[0] * (answers - local[0])
-        left_out = local[1] + far[1] * (left_out - local[1])
+        kernels = (1 + kernel) / (1 + among / 8**2), (1 + cross) / (1 + between / 8**2)
+        local, local_left_out = left_out_ridge(*kernels, y, units)
+        among = among.masked_fill(units[:, None] == units, math.inf)
+        far = [1 - 1 / (1 + squared.amin(1) / 5**2) for squared in (between, among)]
+        answers = local + far[0] * (answers - local)
+        left_out = local_left_out + far[1] * (left_out - local_left_out)
     deviation = (y - left_out).square().mean().sqrt().clamp_min(1e-9)
-
-    def prediction(logs: Tensor) -> Prediction:
+    found = []
+    for logs in (answers, left_out):
         shares = torch.softmax(-((logs[:, None] - candidates.double().log()) / deviation).square() / 2, dim=1)
-        return Prediction(candidates[shares.argmax(1)], candidates, shares, logs.exp())
-
-    return prediction(answers), prediction(left_out)
+        found.append(Prediction(candidates[shares.argmax(1)], candidates, shares, logs.exp()))
+    return found[0], found[1]
 
 
 def log_features(train: Spectra, test: Spectra) -> tuple[Tensor, Tensor]:
-    """Log singular values of all voters, standardised by the training models': float64 [models, voters * r].
-
-    What is below a millionth of a voter's largest singular value is rounding and counts as that.
-    """
-    floor = (1e-6 * train.values.amax((1, 2), keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
+    """Log singular values of all voters, standardised by the training models': float64 [models, voters * r]."""
+    floor = (1e-6 * train.values.amax((1, 2), keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)  # is rounding
     x, z = (side.values.clamp_min(floor).log().transpose(0, 1).flatten(1) for side in (train, test))
     mean, deviation = x.mean(0), x.std(0, correction=0)
     scale = torch.where(deviation > 1e-9, 1 / deviation.clamp_min(1e-9), 0)  # what doesn't vary says nothing
@@ -660,49 +626,34 @@ def log_features(train: Spectra, test: Spectra) -> tuple[Tensor, Tensor]:
 
 
 def left_out_ridge(kernel: Tensor, cross: Tensor, y: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
-    """A ridge regression on y [models] with an intercept: its answers [new], and [models] each without its unit.
-
-    In closed form: with the hat matrix H (fitted values H y), the models of a unit f are missed by
-    (I - H_ff)^-1 (y - H y)_f when f is left out. The penalty is the one with the least errors on what is left out.
-
-    Args:
-        kernel: of the models, float64 [models, models]; `cross` is that of new models with them, [new, models].
-        units: the unit of each model, int64 [models]; two units or more, unless there is one model only.
-    """
+    """Ridge regression on y [models] with an intercept: answers [new], and [models] each without its unit, int64."""
     if len(y) == 1:
         return y.expand(len(cross)), y
     of_model = kernel.mean(0)
     values, vectors = torch.linalg.eigh(kernel - of_model - of_model[:, None] + of_model.mean())
     values = values.clamp_min(0)
     folds = [(units == unit).nonzero().flatten() for unit in units.unique()]
-
-    def missed_by(penalty: float) -> Tensor:
+    errors = y.new_empty(len(PENALTIES), len(y))
+    # with the hat matrix H (fitted values H y), a unit f that is left out is missed by (I - H_ff)^-1 (y - H y)_f
+    for penalty, missed in zip(PENALTIES, errors, strict=True):
         hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / len(y)
-        residuals, errors = y - hat @ y, torch.empty_like(y)
+        residuals = y - hat @ y
         for fold in folds:
             rest = torch.eye(len(fold), dtype=y.dtype) - hat[fold][:, fold]
-            errors[fold] = torch.linalg.solve(rest, residuals[fold])
-        return errors
-
-    tried = {penalty: missed_by(penalty) for penalty in PENALTIES}
-    best = min(tried, key=lambda penalty: float(tried[penalty].square().mean()))
+            missed[fold] = torch.linalg.solve(rest, residuals[fold])
+    best = min(range(len(PENALTIES)), key=lambda row: float(errors[row].square().mean()))
     cross = cross - of_model
     cross = cross - cross.mean(1, keepdim=True)
-    weights = (cross @ vectors / (values + best)) @ vectors.T + 1 / len(y)  # H for new models
-    return weights @ y, y - tried[best]
+    weights = (cross @ vectors / (values + PENALTIES[best])) @ vectors.T + 1 / len(y)  # H for new models
+    return weights @ y, y - errors[best]
 
 
 def recipe_distances(x: Tensor, z: Tensor, train: Spectra, new: Spectra) -> tuple[Tensor, Tensor]:
-    """How far models are from training models in what recipes change: squared Mahalanobis distances within groups.
-
-    It shows in four numbers: the `mean_over_layers` of log norms, and the first two principal components of the means
-    by recipe and size of the features x [models, features] and z [new, features]. [models, models] and [new, models].
-    """
-    means, _ = means_by_group(x, train.groups)
-    components = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[:2].T
-    norms, new_norms = (mean_over_layers(log_norms(spectra), spectra.kinds) for spectra in (train, new))
-    known, asked = torch.cat([x @ components, norms], dim=1), torch.cat([z @ components, new_norms], dim=1)
-    known, asked = whitened(known, asked, train.groups)
+    """Squared distances of models, [models, models] and [new, models], in four numbers that tell recipes apart."""
+    means, _ = means_by_group(x, train.groups)  # of the features by recipe and size: two numbers along which they vary
+    axes = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh[:2].T
+    norms = [mean_over_layers(log_norms(spectra), spectra.kinds) for spectra in (train, new)]
+    known, asked = whitened(torch.cat([x @ axes, norms[0]], 1), torch.cat([z @ axes, norms[1]], 1), train.groups)
     return torch.from_numpy(squared_distances(known, known)), torch.from_numpy(squared_distances(asked, known))
 
 
@@ -726,15 +677,12 @@ def means_by_group(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whitened(x: Tensor, z: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """x [models, p] and z [new, p], turned and scaled so that x spreads by 1 within groups 0, 1, ... in all directions.
-
-    So distances are Mahalanobis distances, with one covariance for all groups. Where groups are as good as single
-    models nothing is known of it, so as much as four models say is said beforehand: a fifth of the spread of all.
-    """
+    """x [models, p] and z [new, p] so turned and scaled that x has the covariance I within groups 0, 1, ..."""
     unit = x.std(0, correction=0).clamp_min(1e-6)
     x, z = x / unit, z / unit
     means, count = means_by_group(x, groups)
     residuals, of_all = x - means[groups], x - x.mean(0)
+    # groups may be as good as single models: a fifth of the spread of all is said beforehand, as much as four models
     before = of_all.T @ of_all / max(1, len(x) - 1) / 5**2
     covariance = (residuals.T @ residuals + 4 * before) / (len(x) - len(count) + 4)
     values, vectors = torch.linalg.eigh(covariance)
@@ -743,14 +691,8 @@ def whitened(x: Tensor, z: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 PREDICTORS: dict[str, Predictor] = {
-    "dsire": dsire,
-    "dsire-average": dsire_average,
-    "frobenius": frobenius,
-    "whole-model": whole_model,
-    "ridge": ridge,
-    "gda": gda,
-    "log-ridge": log_ridge,
-    "log-regression": log_regression,
+    its.__name__.replace("_", "-"): its
+    for its in (dsire, dsire_average, frobenius, whole_model, ridge, gda, log_ridge, log_regression)
 }
 
 
@@ -758,7 +700,6 @@ PREDICTORS: dict[str, Predictor] = {
 # How sure: what is said of labelled models that were left out, beside a new model
 
 NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
-FEWEST_COMPARED = round(1 / NOT_COMPARABLE) - 1  # of fewer left-out models no p is so small
 REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
 UNTRAINED = "untrained: the change of the weights is zero in every layer, an estimate means nothing"
 
@@ -781,22 +722,15 @@ class Estimate:
     notes: list[str] = field(default_factory=list)
 
 
-def without_each(fitted: Spectra) -> list[Split]:
-    """For each micro-dataset the split that leaves it out; of a single one there is none."""
-    return [split_by(fitted.micro_datasets != number) for number in range(fitted.count) if fitted.count > 1]
-
-
 def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor) -> tuple[Prediction, Prediction]:
-    """The predictor's answers for new models, and for each labelled one when its micro-dataset is left out.
-
-    Where there is a single micro-dataset, what is said of labelled models means nothing.
-    """
+    """The answers for new models, and for each labelled one without its micro-dataset (if there are several)."""
     if predictor in (log_ridge, log_regression):
         answer, left_out = fitted_ridge(fitted, new)
         return (answer, left_out) if predictor is log_ridge else (unrounded(answer), unrounded(left_out))
     values, sizes = torch.cat([fitted.values, new.values], dim=1), torch.cat([fitted.sizes, new.sizes])
     both = replace(fitted, values=values, sizes=sizes, names=[*fitted.names, *new.names], recipes=[])
-    every, folds = split_by(torch.arange(len(sizes)) < len(fitted.sizes)), without_each(fitted)
+    every = split_by(torch.arange(len(sizes)) < len(fitted.sizes))
+    folds = [split_by(fitted.micro_datasets != number) for number in range(fitted.count) if fitted.count > 1]
     answer, *without = predictor(both, [every, *folds])
     shares, left_out_sizes = answer.shares.new_zeros(len(every.train), len(answer.candidates)), fitted.sizes.clone()
     for fold, its in zip(folds, without, strict=True):
@@ -808,10 +742,8 @@ def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor) -> tuple[Pred
 
 def how_good(fitted: Spectra, predictor: str) -> Metrics | None:
     """The metrics of labelled models whose micro-dataset is left out; None where there is a single one."""
-    if fitted.count == 1:
-        return None
-    _, left_out = leave_out(fitted, fitted.of_models(torch.tensor([0])), PREDICTORS[predictor])
-    return metrics(fitted.sizes, left_out.sizes)
+    left_out = leave_out(fitted, fitted.of_models(torch.tensor([0])), PREDICTORS[predictor])[1]
+    return metrics(fitted.sizes, left_out.sizes) if fitted.count > 1 else None
 
 
 def nearest_in_log(sizes: Tensor, labelled: Tensor) -> Tensor:
@@ -822,17 +754,14 @@ def nearest_in_log(sizes: Tensor, labelled: Tensor) -> Tensor:
 def conformal_p(fitted: Spectra, left_out: Prediction, new: Prediction, candidates: Tensor) -> Tensor:
     """The conformal p-value of each candidate size, int64 [sizes], for each new model: float64 [new, sizes].
 
-    Micro-datasets are what is exchangeable, so each counts once (Lee, Barber and Willett 2023). And label-conditional:
-    a size n is compared with the left-out models of size n alone (of the nearest labelled size, for an n that is none).
-    With s_i how well the true size of model i conforms when its micro-dataset is left out, s(n) how well n conforms for
-    the new model, and K_n the number of micro-datasets that have a model of size n,
-        p(n) = (1 + sum over those of the mean over their models i of size n of [s_i <= s(n)]) / (K_n + 1).
-    The set of sizes with p(n) > 1 - confidence holds the true size about that often, for every size alike. That is
-    measured (`how_sure`) and not proven: the fit that judges the new model has one micro-dataset more.
+    With s_i and s(n) how well the true size of a left-out model i and n for the new one conform to what is answered,
+        p(n) = (1 + sum over micro-datasets of the mean over their models i of size n of [s_i <= s(n)]) / (K_n + 1):
+    those are exchangeable, so each of the K_n that have size n, or the labelled size nearest to it, counts once (Lee,
+    Barber and Willett 2023). How often p(n) > 1 - confidence holds the truth is measured (`how_sure`), not proven.
     """
 
     def conformity(its: Prediction, sizes: Tensor) -> Tensor:
-        """By the share of the votes (the sizes are the candidates then), or by how near log n is to the answer."""
+        """The share of the votes (the sizes are the candidates then), or how near log n is to a regression's answer."""
         return its.shares if its.answers is None else -(sizes.double().log() - its.answers.log()[:, None]).abs()
 
     labelled = fitted.sizes.unique()
@@ -848,52 +777,37 @@ def conformal_p(fitted: Spectra, left_out: Prediction, new: Prediction, candidat
 
 
 def check_recipe(fitted: Spectra, new: Spectra) -> tuple[Tensor, Tensor, int]:
-    """Compare how far new models are from the nearest labelled recipe and size with how far left-out ones are.
+    """Whether new models are farther from the nearest labelled recipe and size than left-out labelled ones are.
 
-    From each column of `distances_to_groups` is taken what is usual for left-out models of that recipe and size, of
-    which some scatter more than others (their mean, with that of all as that of four more models). The largest counts:
+    From each of the `group_distances` is taken what is usual in that group. Of the largest that is left,
         p = (1 + how many left-out models are at least as far) / (1 + how many there are).
-    A model is left out with its micro-dataset, and compared if others of its recipe and size are left then.
-
-    Returns:
-        p, float64 [new]; the number of a labelled model of the nearest recipe and size, int64 [new]; and how many
-        left-out models were compared: where there are none, p is 1.
+    Returns p [new], the number of a labelled model of the nearest group, int64 [new], and how many were left out.
     """
     known, groups, kinds = log_norms(fitted), fitted.groups, fitted.kinds
-    far, near = distances_to_groups(known, groups, log_norms(new), kinds)
-    far_out, near_out, compared = far.new_zeros(len(known), far.shape[1]), groups.clone(), groups < 0
-    for rest, out in without_each(fitted):
-        out = out[torch.isin(groups[out], groups[rest])]
+    far, near = group_distances(known, groups, log_norms(new), kinds)
+    far_out, near_out = far.new_zeros(len(known), far.shape[1]), groups.clone()
+    compared = torch.zeros(len(known), dtype=torch.bool)
+    for number in range(fitted.count):
+        rest, out = split_by(fitted.micro_datasets != number)
+        out = out[torch.isin(groups[out], groups[rest])]  # others of its recipe and size are left
         if len(out):
-            far_out[out], near_out[out] = distances_to_groups(known[rest], groups[rest], known[out], kinds)
+            far_out[out], near_out[out] = group_distances(known[rest], groups[rest], known[out], kinds)
             compared[out] = True
-    first_of_group = (groups == near[:, None]).int().argmax(1)
-    if not compared.any():
-        return far.new_ones(len(far)), first_of_group, 0
     members, of_all = torch.nn.functional.one_hot(groups).double() * compared[:, None], far_out[compared].mean(0)
+    # the mean of a group's left-out models, with that of all as that of four more
     usual = (members.T @ far_out + 4 * of_all) / (members.sum(0)[:, None] + 4)
     most, most_out = (far - usual[near]).amax(1), (far_out - usual[near_out]).amax(1)[compared]
-    p = (1 + (most_out >= most[:, None] - 1e-9).sum(1)) / (1 + len(most_out))
-    return p, first_of_group, len(most_out)
+    p = (1 + (most_out >= most[:, None] - 1e-9).sum(1)) / (1 + len(most_out))  # 1 where none is compared
+    return p, (groups == near[:, None]).int().argmax(1), len(most_out)
 
 
-def distances_to_groups(
-    known: Tensor, groups: Tensor, asked: Tensor, kinds: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """How far log norms [asked, voters] are from known ones [models, voters] of the nearest group, int64 [models].
-
-    What a recipe changes in every layer alike shows in the mean over the layers of the log norms of A and of B: their
-    chance differences average out, above all those of A's first weights. The first column is the Mahalanobis distance
-    of these; by it a group is the nearest. What is wrong in one kind of matrix alone (alpha is in BA only) or in one
-    layer shows in the others: mean squared z-scores of the log norms of one kind of matrix, with the group's own
-    variance, to which the pooled one is added as that of two more models.
-
-    Returns:
-        Logarithms of squared distances, float64 [asked, 1 + kinds], and the nearest group, int64 [asked].
-    """
+def group_distances(known: Tensor, groups: Tensor, asked: Tensor, kinds: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log squared distances from the nearest group, float64 [asked, 1 + kinds], and that group, int64 [asked]."""
     numbers, of_group = groups.unique(return_inverse=True)
+    # what a recipe changes in all layers shows in means over layers, where chance averages out: they tell the nearest
     x, z = whitened(mean_over_layers(known, kinds), mean_over_layers(asked, kinds), of_group)
     of_means, near = torch.from_numpy(squared_distances(z, means_by_group(x, of_group)[0])).min(1)
+    # what is wrong in one layer or kind of matrix (alpha is in BA only) shows in z-scores, by the group's own variance
     means, count = means_by_group(known, of_group)
     residuals = (known - means[of_group]).square()
     pooled = residuals.sum(0) / max(1, len(known) - len(numbers))
@@ -904,89 +818,65 @@ def distances_to_groups(
 
 
 def what_is_beyond(fitted: Spectra, new: Spectra) -> list[tuple[list[str], bool]]:
-    """For each new model, in words, what is beyond all labelled models'; and whether that alone makes it unlike them.
-
-    That is a kind of matrix whose norms are beyond theirs in a quarter of the layers (by a factor of two, if it makes
-    the model unlike them), or far beyond in one.
-    """
+    """For each new model what is beyond all labelled ones in many layers, or far in one; and if it is unlike."""
     known, asked = log_norms(fitted), log_norms(new)
     beyond = (asked - known.amax(0)).clamp_min(0) + (asked - known.amin(0)).clamp_max(0)  # signed; 0 within the range
-    zero = torch.where(beyond > 0, ~fitted.values.any(-1).any(-1), ~new.values.any(-1).T)
     found = []
-    for its, its_zero in zip(beyond, zero, strict=True):
+    for its in beyond:
         said, unlike = {}, False
         for matrix, voters in fitted.kinds.items():
-            layers, most = int(voters.sum()), int((its.abs() * voters).argmax())
-            usual, far = float(its[voters].abs().sort().values[3 * layers // 4]), abs(float(its[most]))
-            larger = bool(its[most] > 0)
-            unlike |= usual > math.log(2) or far > 3
-            if usual > math.log(1.05) or far > 3:
-                what = "zero in all labelled models, and not here," if larger else "zero"
-                if not its_zero[most]:
-                    factor = f"by a factor of up to {math.exp(min(far, 700)):.3g}"
-                    what = f"{'larger' if larger else 'smaller'} than any labelled model's, {factor},"
-                count = int((voters & ((its > 0) == larger) & (its != 0) & (its_zero == its_zero[most])).sum())
-                where = f"{count} of {counted(layers, 'layer')}" if count > 1 else shown(fitted.voters[most].layer)
-                said[matrix] = f"{matrix} is {what} in {where}"
+            strangest, far = int((its.abs() * voters).argmax()), its[voters].abs().sort().values.tolist()
+            most, usual = float(its[strangest]), far[3 * len(far) // 4]
+            unlike |= usual > math.log(2) or far[-1] > 3
+            if usual > math.log(1.05) or far[-1] > 3:
+                side, zero = "larger" if most > 0 else "smaller", far[-1] > 300  # no float32 but 0 is so far away
+                what = f"{side} than any labelled model's, by a factor of up to {math.exp(min(far[-1], 300)):.3g},"
+                if zero:
+                    what = "zero" if most < 0 else "zero in all labelled models, and not here,"
+                count = int((its[voters] * math.copysign(1, most) > 300 * zero).sum())
+                where = f"{count} of {counted(len(far), 'layer')}" if count > 1 else fitted.voters[strangest].layer
+                said[matrix] = f"{matrix} is {what} in {shown(where)}"
         if [*said] == ["BA"] and len(fitted.kinds) == len(MATRICES):
             said["BA"] += "; A and B are not: another alpha?"
         found.append(([*said.values()], unlike))
     return found
 
 
-def this_very_model(fitted: Spectra, values: Tensor) -> list[str]:
-    """A note if the spectra of a labelled model are a new one's [voters, r], each to a millionth of its norm."""
-    far = torch.linalg.vector_norm(fitted.values - values[:, None], dim=-1)
-    same = (far <= 1e-6 * torch.linalg.vector_norm(fitted.values, dim=-1)).all(0).nonzero().flatten().tolist()
-    labels = [f"{fitted.names[model]} of {counted(int(fitted.sizes[model]), 'image')}" for model in same[:1]]
-    return [f"this very model is among the labelled ones: {label}" for label in labels]
-
-
 def estimates(fitted: Spectra, files: list[Spectra], predictor: str, confidence: float) -> list[Estimate]:
-    """Estimates for new models, one in each of the files; how sure they are comes from leaving micro-datasets out.
-
-    Args:
-        fitted: the labelled models, with the same voters.
-        predictor: the name of one of PREDICTORS.
-        confidence: the share of new models whose true size the set shall hold, between 0 and 1.
-
-    Raises:
-        DsireError: the predictor needs more labelled models.
-    """
+    """Estimates for the model of each file, of the labelled models' voters, with sets that hold that share of sizes."""
     values, sizes = torch.cat([file.values for file in files], dim=1), torch.cat([file.sizes for file in files])
     new = replace(files[0], values=values, sizes=sizes, names=[file.names[0] for file in files], recipes=[])
     with one_thread_each():
         answer, left_out = leave_out(fitted, new, PREDICTORS[predictor])
         p, near, compared = check_recipe(fitted, new)
-    candidates = whole_numbers(answer.candidates) if predictor == "log-regression" else answer.candidates
-    members = conformal_p(fitted, left_out, answer, candidates) > 1 - confidence + 1e-9
+    interval, several = predictor == "log-regression", fitted.count > 1  # of a single one nothing was left out
+    candidates = whole_numbers(answer.candidates) if interval else answer.candidates
+    held = conformal_p(fitted, left_out, answer, candidates) > 1 - confidence + 1e-9
     named, told = (nearest_in_log(its.sizes, answer.candidates) for its in (answer, left_out))
-    beyond, found = what_is_beyond(fitted, new), []
-    for row, file in enumerate(files):
+    found = []
+    for row, (file, beyond) in enumerate(zip(files, what_is_beyond(fitted, new), strict=True)):
         shares = dict(zip(answer.candidates.tolist(), answer.shares[row].tolist(), strict=True))
-        one = Estimate(new.names[row], "ok", int(answer.sizes[row]), shares, stated_size=int(sizes[row]))
-        if fitted.count > 1:
-            held, alike = candidates[members[row]].tolist(), told == named[row]
-            held = [held[0], held[-1]] if held and predictor == "log-regression" else held
-            right = int((alike & (fitted.sizes == named[row])).sum())
-            one = replace(one, confidence_set=held, told=int(alike.sum()), right=right)
+        members, alike = candidates[held[row] & several].tolist(), (told == named[row]) & several
+        members = members[:1] + members[-1:] if interval else members
+        right = int((alike & (fitted.sizes == named[row])).sum())
+        one = Estimate(new.names[row], "ok", int(answer.sizes[row]), shares, members, int(alike.sum()), right)
         recipe = fitted.recipes[int(near[row])] if fitted.of_recipe.any() else ""
-        one = replace(one, recipe_p=float(p[row]) if compared else None, recipe=recipe)
-        found.append(with_remarks(one, file, this_very_model(fitted, values[:, row]), *beyond[row]))
+        one = replace(one, recipe_p=float(p[row]) if compared else None, recipe=recipe, stated_size=int(sizes[row]))
+        found.append(with_remarks(one, file, fitted, *beyond))
     return found
 
 
-def with_remarks(one: Estimate, file: Spectra, same: list[str], beyond: list[str], unlike: bool) -> Estimate:
+def with_remarks(one: Estimate, file: Spectra, fitted: Spectra, beyond: list[str], unlike: bool) -> Estimate:
     """The estimate with all that is to be said of it."""
     if UNTRAINED in file.first:
         return Estimate(one.file, "untrained", stated_size=one.stated_size, first=file.first, notes=file.notes)
-    first, notes, flagged = (
-        [*file.first],
-        same + file.notes,
-        one.recipe_p is not None and one.recipe_p <= NOT_COMPARABLE,
-    )
-    if (flagged or unlike) and not same:
-        how = f" (p = {one.recipe_p:.2g})" if flagged else ""
+    first, notes, strange = [*file.first], [*file.notes], one.recipe_p is not None and one.recipe_p <= NOT_COMPARABLE
+    far, norms = (torch.linalg.vector_norm(its, dim=-1) for its in (fitted.values - file.values, fitted.values))
+    if same := (far <= 1e-6 * norms).all(0).nonzero().flatten().tolist():
+        label = f"{fitted.names[same[0]]} of {counted(int(fitted.sizes[same[0]]), 'image')}"
+        notes.insert(0, f"this very model is among the labelled ones: {label}")
+    elif strange or unlike:
+        how = f" (p = {one.recipe_p:.2g})" if strange else ""
         first += [f"not comparable with the labelled models{how}: {REASONS}", *beyond]
     if one.confidence_set and not one.confidence_set[0] <= one.answer <= one.confidence_set[-1]:
         notes.append("the set does not hold the estimate: trust the set")
@@ -995,23 +885,24 @@ def with_remarks(one: Estimate, file: Spectra, same: list[str], beyond: list[str
     return replace(one, status="not comparable" if first else "ok", first=first, notes=notes)
 
 
-def what_can_be_supported(sizes: Tensor, units: Tensor, confidence: float) -> list[str]:
-    """Notes if labelled sizes, int64 [models], are in too few micro-datasets, `units`, for the sets or the check."""
-    if len(units.unique()) == 1:
+def what_can_be_supported(fitted: Spectra, confidence: float) -> list[str]:
+    """Notes if labelled sizes, or recipes, are in too few micro-datasets for the sets or the check."""
+    if fitted.count == 1:
         return ["one micro-dataset only: how sure an estimate is, and whether a file is comparable, can't be told"]
-    counts = {int(size): len(units[sizes == size].unique()) for size in sizes.unique()}
-    size, least = min(counts.items(), key=lambda item: item[1])
-    needed, notes = math.ceil(1 / (1 - confidence) - 1 - 1e-9), []
+    of_size, of_group = (
+        [len(fitted.micro_datasets[its == one].unique()) for one in its] for its in (fitted.sizes, fitted.groups)
+    )
+    least, needed, notes = min(of_size), math.ceil(1 / (1 - confidence) - 1 - 1e-9), []
     if least < needed:
-        most = f"{counted(least, 'micro-dataset')} with size {size} can support no more than {least / (least + 1):.0%}"
-        notes.append(f"{most}, so every set holds such sizes: label {needed} or more for {100 * confidence:.6g}%")
-    if sum(counts[size] > 1 for size in sizes.tolist()) < FEWEST_COMPARED:
-        notes.append(f"whether a file is comparable can't be told: label {FEWEST_COMPARED} models or more")
+        most = f"{least / (least + 1):.0%}: label {needed} or more for {100 * confidence:.6g}%"
+        notes.append(f"every set holds sizes of {counted(least, 'micro-dataset')}, which support no more than {most}")
+    enough = round(1 / NOT_COMPARABLE) - 1  # of fewer left-out models no p is so small
+    if sum(count > 1 for count in of_group) < enough:
+        notes.append(f"whether a file is comparable can't be told: label {enough} models or more")
     return notes
 
 
-# LoRA-WiSE's subsets by the width of the text that cross-attention looks at, and the rank
-SUBSETS_THAT_FIT = {
+SUBSETS_THAT_FIT = {  # LoRA-WiSE's, by the width of the text that cross-attention looks at, and the rank
     (768, 8): "low_8",
     (768, 16): "low_16 medium_16",
     (768, 32): "low_32 medium_32 high_32",
@@ -1021,14 +912,7 @@ SD_OF_WIDTH = {768: " (SD 1.5)", 1024: " (SD 2)", 2048: " (SDXL)"}
 
 
 def matched(file: Spectra, fitted: Spectra) -> Spectra:
-    """The file's model on the voters that it shares with the fitted ones; what doesn't fit is told in first and notes.
-
-    Layers of one name and shape [out, in] are compared, by BA alone if their ranks differ; models of different methods
-    by what both have. Of spectra there are as many values as both have.
-
-    Raises:
-        DsireError: nothing can be compared; the message says what both are, and what would fit.
-    """
+    """The file's model on the voters that it shares with the fitted ones; first and notes tell what doesn't fit."""
     both = {layer: (file.shapes[layer], its) for layer, its in fitted.shapes.items() if layer in file.shapes}
     other_shape = {layer for layer, (its, theirs) in both.items() if its[:2] != theirs[:2]}
     of_shape = both.keys() - other_shape
@@ -1043,9 +927,9 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
         for layer in sorted(layers)[:1]:
             shapes = " ({}, not {})".format(*both[layer]) if layer in both else ""
             remarks.append(f"{counted(len(layers), 'layer')} {what}, such as {shown(layer)}{shapes}")
-    comparable = {voter for voter in file.voters if voter.layer in of_shape - other_rank}
-    comparable |= {voter for voter in file.voters if voter.layer in other_rank and voter.matrix == "BA"}
-    shared = file.of_voters([voter for voter in fitted.voters if voter in comparable])
+    alike, there = of_shape - other_rank, set(file.voters)
+    fits = {"A": alike, "B": alike, "BA": of_shape}
+    shared = file.of_voters([its for its in fitted.voters if its in there and its.layer in fits[its.matrix]])
     kinds, first = what_they_are(file, fitted), list(file.first)
     if not shared.voters:
         details = [] if "--subset" in kinds else remarks[:2]
@@ -1055,33 +939,30 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
         first.append(f"another method: {methods}; compared by {' '.join(shared.kinds)}")
     if other_shape:
         first.append(f"another base: {kinds}")
-    elif 2 * len(of_shape - other_rank) < len(fitted.shapes):
-        share = f"{len(of_shape - other_rank)} of the {len(fitted.shapes)} labelled layers"
-        first.append(f"{share} are in the file with the same shape and rank: {kinds}")
+    elif 2 * len(alike) < len(fitted.shapes):
+        first.append(f"{len(alike)} of the {len(fitted.shapes)} labelled layers are in the file, and fit: {kinds}")
     values = of_rank(shared.values, min(file.values.shape[-1], fitted.values.shape[-1]))
     return replace(shared, values=values, notes=file.notes + remarks, first=first)
 
 
 def what_they_are(file: Spectra, fitted: Spectra) -> str:
     """The kind of a file's model and of the labelled ones, and what to do about it."""
-    other = kinds_of_sd(file.shapes) - kinds_of_sd(fitted.shapes)
+    kinds, theirs = (  # the width of the text and the rank, of the layers that look at it
+        {(shape[1], shape[-1]) for layer, shape in its.shapes.items() if layer.endswith("attn2_to_k")}
+        for its in (file, fitted)
+    )
     advice = "label models of its own kind (README, Your own LoRA)"
-    if fits := " ".join(SUBSETS_THAT_FIT[kind] for kind in sorted(other & SUBSETS_THAT_FIT.keys())):
-        advice = f"use --subset with one of: {fits}"
+    if fits := [SUBSETS_THAT_FIT[kind] for kind in sorted(kinds - theirs) if kind in SUBSETS_THAT_FIT]:
+        advice = f"use --subset with one of: {' '.join(fits)}"
     elif "BA" in {*fitted.kinds} - {*file.kinds}:
         advice = f"of a {file.method} the change of its weights is known if --base gives the model it began as"
     return f"it has {kind_of_model(file.shapes)}, they have {kind_of_model(fitted.shapes)}: {advice}"
 
 
-def kinds_of_sd(shapes: dict[str, list[int]]) -> set[tuple[int, int]]:
-    """The width of the text that cross-attention looks at, and the rank, of the layers that do."""
-    return {(shape[1], shape[-1]) for layer, shape in shapes.items() if layer.endswith("attn2_to_k")}
-
-
 def kind_of_model(shapes: dict[str, list[int]]) -> str:
     """What a set of layers looks like, for messages: layers, ranks, and the width of the cross-attention."""
     ranks = " ".join(map(str, sorted({shape[2] for shape in shapes.values() if len(shape) > 2})))
-    widths = sorted({width for width, _ in kinds_of_sd(shapes)})
+    widths = sorted({shape[1] for layer, shape in shapes.items() if layer.endswith("attn2_to_k")})
     names = ", ".join(f"{width}{SD_OF_WIDTH.get(width, '')}" for width in widths)
     of_rank, of_width = f" of rank {ranks}" if ranks else "", f", cross-attention width {names}" if names else ""
     return f"{counted(len(shapes), 'layer')}{of_rank}{of_width}"
@@ -1092,14 +973,11 @@ def kind_of_model(shapes: dict[str, list[int]]) -> str:
 
 
 class Table(NamedTuple):
-    """A table as it is printed, and written to report.json: a row is a name and cells, and heads[0] is of the names.
-
-    A cell is a text, a whole number, a number, a mean with its standard deviation, or None for nothing.
-    """
+    """A table as it is printed, and written to report.json: a row is a name and cells, and heads[0] is of the names."""
 
     title: str
     heads: list[str]
-    rows: list[list[Any]]
+    rows: list[list[Any]]  # a cell is a text, a number, a mean with its standard deviation, or None for nothing
 
     def lines(self) -> list[str]:
         """An empty line, the title, and columns as wide as what stands in them."""
@@ -1121,19 +999,10 @@ def means_table(title: str, heads: list[str], rows: dict[str, Tensor], numbers: 
     return Table(title, heads, [[name, *(None if x != x else x for x in its)] for name, its in means.items()])
 
 
-Paper = dict[str, tuple[tuple[float, float], ...]]  # row -> mean and standard deviation of each of the Metrics
-
-
 def metrics_table(
     title: str, rows: dict[str, list[Metrics]], paper: Paper, differences: bool, of: str = "predictor"
 ) -> Table:
-    """Mean and standard deviation over experiments, and the paper's where it has the row.
-
-    Args:
-        rows: name -> the metrics of each experiment.
-        differences: whether to show how far the MAE is above dsire's on the same splits, with the standard error.
-        of: what the rows are.
-    """
+    """Mean and standard deviation over experiments, how far the MAE is above dsire's, and the paper's values."""
     quoted, table = any(name in paper for name in rows), []
     for name, its in rows.items():
         row: list[Any] = [name, *mean_and_std(its).values()]
@@ -1153,13 +1022,13 @@ def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) ->
     return {str(n): evaluate(spectra, predictor, protocol._replace(train_size=n)) for n in counts}
 
 
-def how_sure(spectra: Spectra, run: Split, predictor: Predictor) -> Tensor:
-    """What is said of a run's test models, and how sure: float64 [test, 5].
+Paper = dict[str, Any]  # row -> mean and standard deviation of each of the Metrics
+SURE = ("MAE", "accuracy %", "90 % set holds %", "sizes in it", "not comparable %")
+UNLABELLED = ("dsire's MAE", "log-ridge's MAE", "log-regression's MAE", "not comparable %")
 
-    The columns: by how many images the answer errs; whether it is right, in %; whether the 90 % set holds the true
-    size, in %; how many sizes it has; and whether the model is said not to be comparable, in %. NaN where less than two
-    micro-datasets are labelled.
-    """
+
+def how_sure(spectra: Spectra, run: Split, predictor: Predictor) -> Tensor:
+    """What SURE says of each test model of a run, float64 [test, 5]; NaN where nothing can be left out."""
     fitted, new = spectra.of_models(run.train), spectra.of_models(run.test)
     if fitted.count < 2:
         return torch.full((len(run.test), 5), math.nan, dtype=torch.float64)
@@ -1172,27 +1041,20 @@ def how_sure(spectra: Spectra, run: Split, predictor: Predictor) -> Tensor:
 
 
 def if_unlabelled(spectra: Spectra, run: Split) -> Tensor:
-    """What is said of a run's test models if no model of their size is labelled: float64 [test, 4].
-
-    The columns: by how many images dsire, log-ridge and log-regression err, of which only the last can name such a
-    size; and whether the model is said not to be comparable, in %. NaN where models of one size are all that is left.
-    """
+    """What UNLABELLED says of each test model if its size is not labelled, [test, 4]; NaN if one size is all."""
     (train, test), sizes = run, spectra.sizes
     found = torch.full((len(test), 4), math.nan, dtype=torch.float64)
-    if len(sizes[train].unique()) > 1:
-        gaps = [Split(train[sizes[train] != size], test[sizes[test] == size]) for size in sizes[test].unique()]
-        for gap, voted, fit in zip(gaps, dsire(spectra, gaps), log_ridge(spectra, gaps), strict=True):
-            errors = [(its.sizes - sizes[gap.test]).abs() for its in (voted, fit, unrounded(fit))]
-            flagged = check_recipe(spectra.of_models(gap.train), spectra.of_models(gap.test))[0] <= NOT_COMPARABLE
-            found[torch.isin(test, gap.test)] = torch.stack([*errors, 100 * flagged], dim=1).double()
+    for size in sizes[test].unique() if len(sizes[train].unique()) > 1 else ():
+        gap = Split(train[sizes[train] != size], test[sizes[test] == size])
+        voted, fit = dsire(spectra, [gap])[0], log_ridge(spectra, [gap])[0]
+        errors = [(its.sizes - size).abs() for its in (voted, fit, unrounded(fit))]
+        flagged = check_recipe(spectra.of_models(gap.train), spectra.of_models(gap.test))[0] <= NOT_COMPARABLE
+        found[sizes[test] == size] = torch.stack([*errors, 100 * flagged], dim=1).double()
     return found
 
 
 def by_recipe(spectra: Spectra, run: Split) -> Tensor:
-    """`how_sure` log-ridge is of a run's test models, by which recipes are labelled: float64 [test, 4, 5].
-
-    These are all recipes; all but the model's own; its own alone; one other (the mean over the others).
-    """
+    """`how_sure` log-ridge is by which recipes are labelled, [test, 4, 5]: all, all but its own, its own, one other."""
     (train, test), of_recipe = run, spectra.of_recipe
     every = how_sure(spectra, run, log_ridge)
     others, own, found = torch.empty_like(every), torch.empty_like(every), []
@@ -1206,72 +1068,55 @@ def by_recipe(spectra: Spectra, run: Split) -> Tensor:
 
 
 def compare(spectra: Spectra, protocol: Protocol, paper: Paper) -> tuple[list[Table], dict[str, list[Prediction]]]:
-    """Every predictor and kind of matrix (Tables 2, 5 and 9), on the same splits; by training size, size and recipe.
+    """Tables of every predictor and kind of matrix (Tables 2, 5 and 9), and the predictions that the first is of."""
+    runs, kinds = splits(spectra.micro_datasets, protocol), spectra.kinds
+    asks = {name: partial(its, spectra) for name, its in PREDICTORS.items()}
+    asks |= {f"dsire {kind}": partial(dsire, spectra.of_matrices([kind])) for kind in kinds if len(kinds) > 1}
+    answers = in_parallel(lambda ask: ask(runs), [*asks.values()], at_once=1, name="predictors")
+    found = dict(zip(asks, answers, strict=True))
+    judged = {name: judge(spectra, runs, its) for name, its in found.items()}
+    growth = by_train_size(spectra, dsire, protocol)
 
-    Returns:
-        The tables; and of each row of the first one the predictions on the protocol's splits.
-    """
-    runs = splits(spectra.micro_datasets, protocol)
+    def of_all(ask: Callable[[Split], Tensor]) -> Tensor:
+        return torch.cat(in_parallel(ask, runs, at_once=1, name="how sure"))
 
-    def answer(run: Split, predictor: Predictor, matrices: Iterable[str] = MATRICES) -> Prediction:
-        return predictor(spectra.of_matrices(matrices), [run])[0]
-
-    asks: dict[str, Callable[[Split], Any]] = {n: partial(answer, predictor=its) for n, its in PREDICTORS.items()}
-    if len(spectra.kinds) > 1:
-        asks |= {f"dsire {kind}": partial(answer, predictor=dsire, matrices=[kind]) for kind in spectra.kinds}
-    predictors = [*asks]
-    asks |= {f"{its.__name__}'s sets": partial(how_sure, spectra, predictor=its) for its in (dsire, log_ridge)}
-    asks["unlabelled"] = partial(if_unlabelled, spectra)
-    if spectra.of_recipe.any():
-        asks["recipes"] = partial(by_recipe, spectra)
-    jobs = [partial(ask, run) for ask in asks.values() for run in runs]
-    jobs.append(partial(by_train_size, spectra, dsire, protocol))
-    *results, growth = in_parallel(lambda job: job(), jobs, at_once=1, name="predictors")
-    found = {name: results[row * len(runs) : (row + 1) * len(runs)] for row, name in enumerate(asks)}
-    predictions = {name: found.pop(name) for name in predictors}
+    voted, fitted = (of_all(partial(how_sure, spectra, predictor=its)) for its in (dsire, log_ridge))
+    asked, sizes = torch.cat([run.test for run in runs]), spectra.sizes.unique()
+    rows = {str(size): spectra.sizes[asked] == size for size in sizes.tolist()} | {"all": asked >= 0}
+    inner = {"between two others": torch.isin(spectra.sizes[asked], sizes[1:-1])}
+    heads = ["images", *SURE]
+    unlabelled = of_all(partial(if_unlabelled, spectra))
     note = "± the standard deviation over experiments; of differences, the standard error"
-    rows = {name: judge(spectra, runs, its) for name, its in predictions.items()}
-    return [
-        metrics_table(note, rows, paper, differences=True),
-        metrics_table("dsire by training micro-datasets", growth, {}, False, "to train"),
-        *tables_of_models(spectra, torch.cat([run.test for run in runs]), {n: torch.cat(x) for n, x in found.items()}),
-    ], predictions
-
-
-def tables_of_models(spectra: Spectra, asked: Tensor, found: dict[str, Tensor]) -> list[Table]:
-    """What `compare` found of all test models, int64 [models], as tables by size and by recipe."""
-    sizes, true, recipes = spectra.sizes.unique(), spectra.sizes[asked], sorted({*spectra.recipes})
-    rows = {str(size): true == size for size in sizes.tolist()} | {"all": true > 0}
-    sure, check = ["images", "MAE", "accuracy %", "90 % set holds %", "sizes in it"], "not comparable %"
-    heads = ["images", "dsire's MAE", "log-ridge's MAE", "log-regression's MAE", check]
-    inner = {"between two others": torch.isin(true, sizes[1:-1])}
     tables = [
-        means_table("dsire by dataset size", sure, rows, found["dsire's sets"][:, :4]),
-        means_table("log-ridge by dataset size", [*sure, check], rows, found["log_ridge's sets"]),
-        means_table("models of a size that is not labelled", heads, rows | inner, found["unlabelled"]),
+        metrics_table(note, judged, paper, differences=True),
+        metrics_table("dsire by training micro-datasets", growth, {}, False, "to train"),
+        means_table("dsire by dataset size", heads[:-1], rows, voted[:, :-1]),
+        means_table("log-ridge by dataset size", heads, rows, fitted),
+        means_table("models of a size that is not labelled", ["images", *UNLABELLED], rows | inner, unlabelled),
     ]
-    rows = {name: spectra.of_recipe[asked] == number for number, name in enumerate(recipes)} | {"mean": true > 0}
-    heads = ["recipe", "all recipes", "all others", "its own", "one other"]
-    for column, what in ((0, "MAE"), (2, "in the 90 % set %"), (4, check)) if "recipes" in found else ():
-        title = f"log-ridge by labelled recipes: {what}"
-        tables.append(means_table(title, heads, rows, found["recipes"][..., column]))
-    return tables
+    if spectra.of_recipe.any():
+        recipes, labelled = sorted(set(spectra.recipes)), of_all(partial(by_recipe, spectra))
+        rows = {name: spectra.of_recipe[asked] == number for number, name in enumerate(recipes)} | {"mean": asked >= 0}
+        heads = ["recipe", "all recipes", "all others", "its own", "one other"]
+        for column, what in ((0, "MAE"), (2, "in the 90 % set %"), (4, SURE[4])):
+            tables.append(means_table(f"log-ridge by labelled recipes: {what}", heads, rows, labelled[..., column]))
+    return tables, found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The names of matrices, whoever wrote them
 
-# What stands after a layer's path. LoRA-WiSE and old diffusers: .lora.down.weight, .processor.to_q_lora.down.weight;
-# kohya and LyCORIS: .lora_down.weight, .hada_w1_a; PEFT: .lora_A.weight, .lora_A.<adapter>.weight; loralib: .lora_A; a
-# full model: .weight. Left out are experts, as PEFT stacks several in one pair; and embeddings of full models.
+# A layer's path, and the part that a key names. LoRA-WiSE and old diffusers: .lora.down.weight; kohya and LyCORIS:
+# .lora_down.weight, .hada_w1_a; PEFT: .lora_A.<adapter>.weight; loralib: .lora_A; a full model: .weight. Left out are
+# experts, as PEFT stacks several in one pair; and embeddings of full models.
 PART = re.compile(
-    r"(?s:(?P<layer>.{1,1000}?))(?:(?<!\bexperts)(?<!\bbase_layer)"
-    r"(?:[._]lora(?:_linear_layer)?[._](?P<word>down|up|mid)|\.lora_(?:embedding_)?(?P<letter>[AB])"
-    r"|\.(?P<magnitude>dora_scale|lora_magnitude_vector)"
-    r"|\.(?P<other>alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
+    r"(?s:(.{1,1000}?))(?:(?<!\bexperts)(?<!\bbase_layer)"
+    r"(?:[._]lora(?:_linear_layer)?[._](down|up|mid)|\.lora_(?:embedding_)?([AB])"
+    r"|\.(dora_scale|lora_magnitude_vector|alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
     r"(?:\.(?!weight|bias)[^.]{1,1000})?(?:\.weight)?"
-    r"|(?<!embedding)(?<!embeddings)(?<!wte)(?<!wpe)(?<!\bshared)(?<!embed_tokens)[._](?P<full>weight))"
+    r"|(?<!embedding)(?<!embeddings)(?<!wte)(?<!wpe)(?<!\bshared)(?<!embed_tokens)[._](weight))"
 )
+PART_NAMES = {"down": "A", "up": "B", "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude"}
 OF_LORA = re.compile(r"(?is)lora(?!.*bias$)|hada_|lokr_")
 # A method, and what its change of the weights is made of: each row the product of B, perhaps a core, and A, or a matrix
 # that is stored whole. LoHa multiplies its two element by element, LoKr takes their Kronecker product.
@@ -1309,18 +1154,12 @@ SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^middle_block_2_", "mid_block_resnets_1_"), (r"^(in|out)put_blocks_(\d{1,3})_(\d)_(?:(op|conv)$)?", ldm_block),
     (r"(_resnets_\d_)in_layers_2$", r"\1conv1"), (r"(_resnets_\d_)out_layers_3$", r"\1conv2"),
     (r"(_resnets_\d_)emb_layers_1$", r"\1time_emb_proj"), (r"(_resnets_\d_)skip_connection$", r"\1conv_shortcut"),
-    (r"^input_blocks_0_0$", "conv_in"), (r"^out_2$", "conv_out"), (r"^time_embed_", "time_embedding_linear_"),
-    (r"^label_emb_0_", "add_embedding_linear_"), (r"_embedding_linear_0$", "_embedding_linear_1"),
 ]  # fmt: skip
 
 
 @lru_cache(2**16)  # the models of a folder have the same names
 def layer_name(path: str) -> str:
-    """One name for a layer, whatever prefix and separators its writer gave it, in the words of diffusers.
-
-    >>> layer_name("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0")
-    'down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0'
-    """
+    """One name for a layer, whatever prefix and separators its writer gave it, in the words of diffusers."""
     for written, ours in SPELLINGS:
         path = re.sub(written, ours, path)
     return path
@@ -1337,9 +1176,8 @@ def layers_of(keys: Iterable[str], network: str = "") -> Keys:
     found: Keys = {}
     for key in keys:
         if match := PART.fullmatch(key):
-            word = {"down": "A", "up": "B"}.get(match["word"], match["word"])
-            part = word or match["letter"] or match["other"] or match["full"] or "magnitude"
-            parts = found.setdefault(layer_name(network + match["layer"]), {})
+            word = match[match.lastindex or 0]
+            parts, part = found.setdefault(layer_name(network + match[1]), {}), PART_NAMES.get(word, word)
             if part in parts:
                 raise DsireError(f"{shown(key)} is the same matrix as {shown(parts[part])}")
             parts[part] = key
@@ -1356,18 +1194,24 @@ def method_of(parts: Iterable[str]) -> str:
     return ""
 
 
-def lora_layers(keys: list[str]) -> tuple[Keys, list[str]]:
-    """The layers of LoRA, or of what is like it, and all keys that are of none; NoLora if no key is LoRA's."""
+def lora_layers(keys: list[str], base: Weights | None = None, folder: str = "") -> tuple[Keys, list[str]]:
+    """The layers of LoRA, or given a base of a full model, and all keys that are of none; NoLora if it is neither."""
     layers = {layer: parts for layer, parts in layers_of(keys).items() if method_of(parts)}
     used = {key for parts in layers.values() for key in parts.values()}
     others = [key for key in keys if key not in used]
     for key in others:
         if OF_LORA.search(layer_name(key[-1000:])):
             raise DsireError(f"{shown(key)} has no partner, or is not understood here: what A and B mean is not known")
-    if not layers:
-        some = f", but {', '.join(map(shown, sorted(others)[:3]))}" if others else ", and no tensors"
-        raise NoLora(f"holds no LoRA{some}: a whole model, or what is merged into one, is judged with --base")
-    return layers, others
+    if layers:
+        return layers, others
+    why = "holds no LoRA, " + (f"but {', '.join(map(shown, sorted(others)[:3]))}" if others else "and no tensors")
+    if base is None:
+        raise NoLora(f"{why}: a whole model, or what is merged into one, is judged with --base")
+    for network in (network_of(f"{folder}.x"), ""):
+        full = {layer: its for layer, its in layers_of(keys, network).items() if "weight" in its}
+        if full.keys() & base.layers.keys():
+            return full, []
+    raise NoLora(f"{why}; no layer in common with the base, such as {shown(min(base.layers))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1382,16 +1226,13 @@ class Layer(NamedTuple):
     shape: list[int]  # [out, in, rank], or [out, in] where there is no A and B
     spectra: dict[str, Tensor]  # matrix -> [r], or [models, r] of a shard
     method: str = "LoRA"  # with what else makes spectra unlike: LoHa's rank, the type that a full model is stored in
-    remarks: Sequence[str] = ()
+    remarks: Mapping[str, bool] = {}  # remark -> whether it is true of this layer
 
 
 def as_spectra(layers: Mapping[str, Layer], **about: Any) -> Spectra:
-    """The layers of a shard, or of a file; `about` is what else `Spectra` is told.
-
-    A tie is broken in the order of the voters: A and B as they stand in the layers, then the changes BA.
-    """
+    """The layers of a shard, or of a file; `about` is what else `Spectra` is told."""
     voters = [Voter(layer, matrix) for layer, its in layers.items() for matrix in its.spectra]
-    voters.sort(key=lambda voter: voter.matrix == "BA")
+    voters.sort(key=lambda voter: voter.matrix == "BA")  # their order breaks ties: A and B, then the changes BA
     rows = [layers[voter.layer].spectra[voter.matrix] for voter in voters]
     width = max(row.shape[-1] for row in rows)
     values = torch.stack([of_rank(row, width) for row in rows]).view(len(rows), -1, width)
@@ -1402,32 +1243,15 @@ def as_spectra(layers: Mapping[str, Layer], **about: Any) -> Spectra:
 
 def together(said: Iterable[tuple[str, str]], count: int, what: str) -> list[str]:
     """Of (layer or file, remark) those that are equal but for their numbers as one, with how many say so if not all."""
-    alike: dict[str, dict[str, str]] = {}
+    alike: dict[str, list[tuple[str, str]]] = {}
     for name, remark in said:
-        alike.setdefault(re.sub(r"\d+", "0", remark), {})[name] = remark
+        alike.setdefault(re.sub(r"\d+", "0", remark), []).append((name, remark))
     notes = []
     for its in alike.values():
-        of_all = len(its) == count and len({*its.values()}) == 1
-        some = "" if of_all else f" ({len(its)} of {count} {what}, such as {shown(next(iter(its)))})"
-        notes.append(next(iter(its.values())) + some)
+        name, remark = its[0]
+        of_all = [other for _, other in its] == [remark] * count
+        notes.append(remark if of_all else f"{remark} ({len(its)} of {count} {what}, such as {shown(name)})")
     return notes
-
-
-def matrix_values(table: Any, name: str, rank: int) -> Tensor:
-    """The flat lists of one column as a batch [models, numbers of a matrix], float64."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    lists = table.column(name).combine_chunks() if table.column(name).num_chunks != 1 else table.column(name).chunk(0)
-    if not isinstance(lists, pa.lib.BaseListArray) or not pa.types.is_floating(lists.type.value_type):
-        raise DsireError(f"column {shown(name)} holds {lists.type}, not lists of floating point numbers")
-    values, bounds = lists.flatten(), pc.min_max(pc.list_value_length(lists)).as_py()
-    nulls, length = lists.null_count + values.null_count, bounds["max"]
-    if nulls or not length or bounds["min"] != length or length % rank:
-        has = f"{nulls} nulls, and lists of {bounds['min']} to {length} numbers"
-        raise DsireError(f"column {shown(name)} has {has}: --rank={rank} needs them alike, and a multiple of it")
-    numbers: Tensor = torch.utils.dlpack.from_dlpack(values)
-    return numbers.to(torch.float64).view(-1, length)
 
 
 def dataset_size(label: Any) -> int:
@@ -1438,87 +1262,79 @@ def dataset_size(label: Any) -> int:
 
 def model_labels(table: Any) -> tuple[Tensor, list[Any], list[str]]:
     """The columns `label` (size n), `name` (micro-dataset) and, where there is one, `recipe` of a shard."""
+    columns = [column for column in LABELS if column != "recipe" or column in table.column_names]
     with asking("there must be one column `label` and one `name`, and there may be one `recipe`"):
-        columns = [column for column in LABELS if column != "recipe" or column in table.column_names]
-        found = {"recipe": [], **{column: table.column(column).to_pylist() for column in columns}}
-    with suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):  # no metadata of `datasets`
+        found = {column: table.column(column).to_pylist() for column in columns}
+    kinds: Any = {}
+    with suppress(KeyError, TypeError, ValueError, RecursionError):  # no metadata of `datasets`
         kinds = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        for column in [column for column in columns if "names" in kinds.get(column, ())]:
-            raise DsireError(f"column {column} holds numbers of classes: write what they stand for in their place")
-    wrong = {
-        "label, a whole number from 1 up,": [label for label in found["label"] if not dataset_size(label)],
-        "name, an integer or text,": [name for name in found["name"] if type(name) not in (int, str)],
-        "recipe": [recipe for recipe in found["recipe"] if recipe is None],
-    }
-    for column, values in wrong.items():
-        if values:
-            raise DsireError(f"column {column} holds {shown(repr(values[0]))}")
+    wrong = [(column, "numbers of classes") for column in columns if "names" in kinds.get(column, ())]
+    wrong += [("label", repr(label)) for label in found["label"] if not dataset_size(label)]
+    wrong += [("name", repr(name)) for name in found["name"] if type(name) not in (int, str)]
+    wrong += [("recipe", "None") for recipe in found.get("recipe", []) if recipe is None]
+    for column, value in wrong:
+        raise DsireError(
+            f"column {column} holds {shown(value)}: sizes are whole numbers from 1 up, names text or integers"
+        )
     sizes = torch.tensor([dataset_size(label) for label in found["label"]])
-    return sizes, found["name"], [str(recipe) for recipe in found["recipe"]]
+    return sizes, found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
 
 def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
-    """The spectra of all models in one parquet shard, one layer at a time.
-
-    The columns of a layer are ready batches of equal shapes, so that whole rows are never held.
-
-    Raises:
-        DsireError: the file can't be read, or a column doesn't fit; the message names the column.
-    """
+    """The spectra of all models in one parquet shard, one layer at a time, so that whole rows are never held."""
     import pyarrow.parquet as pq
 
     with reading(path, "parquet"), pq.ParquetFile(path, page_checksum_verification=True) as file:
         metadata, columns = file.metadata, file.schema_arrow.names
         labels = file.read([name for name in LABELS if name in columns])
-    if not metadata.num_rows:
-        raise DsireError("no rows")
     sizes, names, recipes = model_labels(labels)
     models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
     layers, others = lora_layers(columns)
 
-    def layer_of(parts: dict[str, str]) -> Layer:
-        with reading(path, "parquet"), pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as own:
-            table = own.read([*parts.values()], use_threads=False)  # a file for each thread
-        return pair_spectra(table, parts, rank, device, models)
-
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     largest = 8 * max(sum(its.column(i).num_values for its in groups) for i in range(metadata.num_columns))
-    at_once = max(1, BYTES_AT_ONCE // (2 * largest))
-    found = dict(zip(layers, in_parallel(layer_of, list(layers.values()), at_once), strict=True))
+    one_layer = partial(pair_spectra, path, metadata, rank, device, models)
+    found = in_parallel(one_layer, [*layers.values()], max(1, BYTES_AT_ONCE // max(1, 2 * largest)))
     unused = sorted(set(others) - {*LABELS})
     notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
-    return as_spectra(found, sizes=sizes, names=names, notes=notes, recipes=recipes)
+    of_layers = dict(zip(layers, found, strict=True))
+    return as_spectra(of_layers, sizes=sizes, names=names, notes=notes, recipes=recipes)
 
 
-def pair_spectra(table: Any, parts: dict[str, str], rank: int, device: str, models: list[str]) -> Layer:
-    """One layer of all models, which messages call `models`, of a table of its two columns."""
-    columns = f"columns {' and '.join(map(shown, parts.values()))}"
-    if {*parts} != {"A", "B"}:
-        raise DsireError(f"{columns}: of parquet A and B alone are read")
-    flat = {part: matrix_values(table, name, rank) for part, name in parts.items()}
-    a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
-    with asking(f"the spectra of {columns} can't be computed on {device}"):
-        try:
-            spectra = batch_spectra(a, b, device)
-        except FloatingPointError:
-            spectra = torch.tensor(math.nan)
-    if not spectra.isfinite().all():
-        for part, name in parts.items():
-            for model in (~flat[part].isfinite()).any(1).nonzero().flatten().tolist():
-                raise DsireError(f"column {shown(name)} holds a number that is NaN or infinite, of {models[model]}")
-        raise DsireError(f"{columns} hold numbers too large to multiply")
-    its = dict(zip(MATRICES, spectra, strict=True))
+def pair_spectra(path: Path, metadata: Any, rank: int, device: str, models: list[str], parts: dict[str, str]) -> Layer:
+    """One layer of all models, which messages call `models`, of two columns of flat lists."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with reading(path, "parquet"), pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as file:
+        table = file.read([*parts.values()], use_threads=False)  # a file for each thread
+    flat: dict[str, Tensor] = {}  # float64 [models, numbers of a matrix]
+    for part, name in parts.items():
+        column, lists = f"column {shown(name)}", table.column(name)
+        with asking(f"{column} holds {lists.type}: --rank={rank} needs lists of floating point numbers"):
+            lists = lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
+            bounds = pc.min_max(pc.list_value_length(lists)).as_py()
+            numbers, least, most = lists.flatten(), bounds["min"], bounds["max"]
+            nulls = lists.null_count + numbers.null_count
+            if nulls or not most or least != most or most % rank or not pa.types.is_floating(numbers.type):
+                raise ValueError(f"{nulls} nulls, and lists of {least} to {most}")
+            flat[part] = torch.utils.dlpack.from_dlpack(numbers).to(torch.float64).view(-1, most)
+        finite = torch.linalg.vector_norm(flat[part], math.inf, dim=1).isfinite()
+        if not finite.all():
+            raise DsireError(f"{column} holds a number that is NaN or infinite, of {models[finite.int().argmin()]}")
+    columns = " and ".join(map(shown, parts.values()))
+    hint = "" if device == "cpu" else "try --device=cpu"
+    with asking(f"the spectra of columns {columns} can't be computed on {device}", hint):
+        if {*flat} != {"A", "B"}:
+            raise ValueError("of parquet A and B alone are read")
+        a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
+        its = dict(zip(MATRICES, batch_spectra(a, b, device), strict=True))
     return Layer([b.shape[1], a.shape[2], rank], {part: its[part] for part in (*parts, "BA")})
 
 
 def join(parts: list[Spectra], names: list[str]) -> Spectra:
-    """The models of shards, or of labelled files, as one; `names` is what those are called.
-
-    Layers that not all have with the same shape are left out; the voters' order is the first part's.
-
-    Raises:
-        DsireError: no layer is left, the methods differ, or not all have recipes.
-    """
+    """Shards, or labelled files, called `names`, as one, with the layers that all have in one shape."""
     first, every = parts[0], [*zip(parts, names, strict=True)]
     methods = {part.method: f"{part.method} ({shown(name)})" for part, name in reversed(every)}
     if len(methods) > 1:
@@ -1528,16 +1344,14 @@ def join(parts: list[Spectra], names: list[str]) -> Spectra:
     voters = [voter for voter in first.voters if (voter, *first.shapes[voter.layer]) in shared]
     kept = {voter.layer: first.shapes[voter.layer] for voter in voters}
     if lost := sorted({layer for part in parts for layer in part.shapes} - kept.keys()):
-        shapes = {str(part.shapes.get(lost[0], "absent")): f"in {shown(name)}" for part, name in reversed(every)}
-        such = ", ".join(f"{shape} {where}" for shape, where in [*shapes.items()][-2:])
-        what = f"{counted(len(lost), 'layer')} left out, as not the same in all {len(parts)} files"
-        notes.append(f"{what}, such as {shown(lost[0])}, [out, in, rank] {such}")
+        such = f"not the same in all {len(parts)} files, such as {shown(lost[0])}"
+        notes.append(f"{counted(len(lost), 'layer')} left out, as {such}")
     if not voters:
         raise DsireError("; ".join(["no layer is in all files with the same shape", *notes]))
     micro_datasets = [name for part in parts for name in part.names]
-    if len({type(name) for name in micro_datasets}) > 1:  # integers in one shard, strings in another
-        micro_datasets = [str(name) for name in micro_datasets]
-    recipes = [recipe for part in parts for recipe in part.recipes]
+    if len({*map(type, micro_datasets)}) > 1:  # integers in one shard, strings in another
+        micro_datasets = [*map(str, micro_datasets)]
+    recipes = [recipe for part in parts for recipe in part.recipes if recipe]
     if len(recipes) not in (0, len(micro_datasets)):
         raise DsireError(f"some files have a recipe, and others none: {shown(', '.join(names))}")
     width = max(part.values.shape[-1] for part in parts)
@@ -1547,13 +1361,13 @@ def join(parts: list[Spectra], names: list[str]) -> Spectra:
 
 
 def what_is_unusual(spectra: Spectra) -> list[str]:
-    """Sentences about what a user might not expect in the models: sizes that lack, models that are there twice."""
-    models = [*zip(spectra.names, spectra.sizes.tolist(), spectra.of_recipe.tolist(), strict=True)]
-    twice, pairs = len(models) - len(set(models)), {(name, size) for name, size, _ in models}
-    notes = [f"{twice} models have the micro-dataset and size of another one; all are kept"] if twice else []
-    there, of_all = Counter(name for name, _ in pairs), len(spectra.sizes.unique())
-    if lacking := [str(name) for name in there if there[name] < of_all]:
-        some = shown(", ".join(sorted(lacking)))
+    """Sentences about what a user might not expect in the models: missing sizes, models that are there twice."""
+    models = Counter(zip(spectra.names, spectra.sizes.tolist(), spectra.of_recipe.tolist(), strict=True))
+    twice, there = len(spectra.names) - len(models), Counter(name for name, _ in {model[:2] for model in models})
+    notes = [f"{counted(twice, 'model')} of the micro-dataset and size of another one; all are kept"] if twice else []
+    lacking = sorted(str(name) for name in there if there[name] < len(spectra.sizes.unique()))
+    if lacking:
+        some = shown(", ".join(lacking))
         notes.append(f"{counted(len(lacking), 'micro-dataset')} without a model of each size: {some}")
     return notes
 
@@ -1571,32 +1385,26 @@ LARGEST_PICKLE = 2**24  # in bytes, without its tensors
 
 
 def reading(path: Path, kind: str) -> AbstractContextManager[None]:
-    """Whatever a library raises about a file in one line, with its first bytes: they say what it is.
-
-    Not those of what a link leads to, which may be another user's.
-    """
-    with path.open("rb") as file:
+    """What a library raises about a file in one line, with its first bytes, which say what it is; not of a link."""
+    start = ""
+    with suppress(OSError), path.open("rb") as file:  # why it can't be opened is said by the library
         start = "" if path.is_symlink() else f", begins with {file.read(50)!r}"
     return asking(f"can't be read as {kind}{start}")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An open weights file, or several that a model was saved as: the tensors' keys, in order, and what reads one.
-
-    Of a pickle, what stands beside its tensors is the header. `called` is what a message calls it, if not the file.
-    """
+    """An open weights file, or several that a model was saved as; tensors are read one by one."""
 
     files: list[Path]
-    keys: list[str]
-    tensor: Callable[[str], Tensor]
-    header: dict[str, str]
-    called: str = ""
+    readers: dict[str, Callable[[], Tensor]]  # key -> what reads its tensor, in the files' order
+    header: dict[str, str]  # of a pickle what stands beside its tensors
+    called: str = ""  # in messages, if it is not the file that is judged
 
     @cached_property
     def layers(self) -> dict[str, str]:
         """Layer -> key of its weights, of a full model."""
-        return {layer: parts["weight"] for layer, parts in layers_of(self.keys).items() if "weight" in parts}
+        return {layer: parts["weight"] for layer, parts in layers_of(self.readers).items() if "weight" in parts}
 
     @property
     def identity(self) -> str:
@@ -1604,45 +1412,20 @@ class Weights:
         facts = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def is_one_of_its_files(self, path: Path) -> bool:
-        """Whether a file is one of these, by whatever name or link."""
-        return os.path.realpath(path) in map(os.path.realpath, self.files)
-
     def matrix(self, key: str, least_dimensions: int = 2) -> Tensor:
         """A tensor of finite floating point numbers as float64; of any real ones where it may have no dimension."""
-        tensor, name = self.tensor(key), f"{self.called}{shown(key)}"
-        plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
-        number = least_dimensions == 0 and not tensor.is_complex() and tensor.dtype != torch.bool
-        real = plain and (tensor.is_floating_point() or number) and tensor.ndim >= least_dimensions
-        if not real or not 0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes():
-            kind = f"{tensor.dtype} of shape {list(tensor.shape) if plain else 'unknown'}"
-            raise DsireError(f"{name} is {kind}, not a plain matrix of floating point numbers")
-        with asking(f"{name} is {tensor.dtype}, which torch can't convert"):
+        name = f"{self.called}{shown(key)}"
+        with asking(f"{name} is no plain matrix of floating point numbers"):
+            tensor = self.readers[key]()
+            real = tensor.dtype != torch.bool and not tensor.is_complex()
+            right = tensor.is_floating_point() if least_dimensions else real
+            there = 0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+            if not right or not there or tensor.device.type != "cpu" or tensor.ndim < least_dimensions:
+                raise ValueError(f"{tensor.dtype} of shape {list(tensor.shape)}")
             matrix = tensor.to(torch.float64)
         if not matrix.isfinite().all():
             raise DsireError(f"{name} holds a number that is NaN or infinite")
         return matrix
-
-
-def open_weights(path: Path) -> Weights:
-    """Open a .safetensors file, or a pickle without running it; tensors are read one by one."""
-    if not path.is_file():
-        raise DsireError("no such file")
-    if path.suffix.lower() in PICKLE_ENDINGS:
-        with asking("what it holds can't be read"):
-            return weights_in(unpickled(path), path)
-    from safetensors import safe_open
-
-    with reading(path, "safetensors"):
-        file = safe_open(path, "pt")  # mapped for as long as the function below is there
-        keys, header = list(file.keys()), file.metadata() or {}
-
-    def tensor(key: str) -> Tensor:
-        with asking(f"{shown(key)} can't be read"):
-            found: Tensor = file.get_tensor(key)
-        return found
-
-    return Weights([path], keys, tensor, header)
 
 
 def unpickled(path: Path) -> Any:
@@ -1663,34 +1446,52 @@ def unpickled(path: Path) -> Any:
         except pickle.UnpicklingError:  # torch's own words advise to run it all the same
             with path.open("rb") as file:
                 start = file.read(2**20)
-            # What it would call, as protocols 0 to 3 name it, or 4 and 5
+            # What it would call, as protocols 0 to 3 name it, or 4 and 5; those of torch, which are harmless, last
             call = rb"c([\w.]{2,})\n([\w.]{2,})\n|\x8c.([\w.]+)\x94?\x8c.([\w.]+)\x94?\x93"
-            names = {".".join(part.decode() for part in its if part) for its in re.findall(call, start, re.DOTALL)}
-            of_torch = {name for name in names if name.startswith(("torch.", "collections."))}
-            some = ", ".join([*sorted(names - of_torch), *sorted(of_torch)]) or "nothing"
-            raise ValueError(f"it was not run; it names {some}") from None
+            names = {b".".join(filter(None, its)).decode() for its in re.findall(call, start, re.DOTALL)}
+            some = ", ".join(sorted(names, key=lambda name: (name.startswith(("torch.", "collections.")), name)))
+            raise ValueError(f"it was not run; it names {some or 'nothing'}") from None
 
 
-def weights_in(content: Any, path: Path) -> Weights:
-    """The weights of a pickle: keys of dictionaries within each other are joined with dots, alpha may be a number."""
+def opened(path: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """What reads each tensor of a .safetensors file, or of a pickle without running it; and its header."""
+    if not path.is_file():
+        raise DsireError("no such file")
+    if path.suffix.lower() in PICKLE_ENDINGS:
+        with asking("what it holds can't be read"):
+            return in_pickle(unpickled(path))
+    from safetensors import safe_open
+
+    with reading(path, "safetensors"):
+        file = safe_open(path, "pt")  # mapped for as long as what reads it is there
+        keys, header = list(file.keys()), file.metadata() or {}
+    return {key: partial(file.get_tensor, key) for key in keys}, header
+
+
+def in_pickle(content: Any) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Likewise of what a pickle holds: the keys of dictionaries within each other are joined by dots."""
     if not isinstance(content, dict):
         raise DsireError(f"holds a {type(content).__name__}, not a dictionary of tensors: nothing names the layers")
-    tensors, header, seen, found = {}, {}, {id(content)}, [("", content)]
+    readers: dict[str, Callable[[], Tensor]] = {}
+    header, seen, found = {}, {id(content)}, [("", content)]
     for prefix, dictionary in found:  # more are added as they come
         for own, value in dictionary.items():
             key, match = f"{prefix}{own}", PART.fullmatch(f"{prefix}{own}")
+            if len(key) > 2000:
+                raise DsireError(f"{shown(key)} is too long for a layer's name")
+            part = match[match.lastindex or 0] if match else "weight"
             if isinstance(value, dict):
                 found += [(f"{key}.", value)] if id(value) not in seen else []
                 seen.add(id(value))
             elif isinstance(value, Tensor):
-                tensors[key] = value.detach()
-            elif match and match["other"] == "alpha" and type(value) in (int, float) and abs(value) < 2**53:
-                tensors[key] = torch.tensor(value, dtype=torch.float64)
-            elif match and not match["full"]:
+                readers[key] = value.detach
+            elif part == "alpha" and type(value) in (int, float) and abs(value) < 2**53:
+                readers[key] = partial(torch.tensor, value, dtype=torch.float64)
+            elif part != "weight":
                 raise DsireError(f"{shown(key)} is {type(value).__name__}, neither a tensor nor alpha's number")
             elif not prefix and isinstance(value, (str, int, float)):
                 header[key] = str(value)
-    return Weights([path], list(tensors), tensors.__getitem__, header)
+    return readers, header
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -1701,45 +1502,43 @@ def parts_of(path: Path) -> list[Path]:
     return [path.with_name(f"{match[1]}-{n:05d}-of-{match[3]}{match[4]}") for n in range(1, int(match[3]) + 1)]
 
 
-def open_model(path: Path) -> Weights:
-    """Open the weights of a model, all the files that it was saved as."""
-    return joined(dict.fromkeys(parts_of(path), ""))
+def open_model(path: Path, called: str = "") -> Weights:
+    """Open a file, with the others that the model was saved as; or all of a folder, with unet/, text_encoder/, ..."""
+    files, whole = [path], path.is_dir()
+    if whole:
+        pickles = [file for file in visible_files(path, PICKLE_ENDINGS) if not TRAINERS.match(file.name)]
+        files = visible_files(path, SAFE_ENDINGS) or pickles
+    places: dict[str, Path] = {}
+    model = Weights(sorted({part for file in files for part in parts_of(file)}), {}, {}, called)
+    for file in model.files:
+        try:
+            readers, header = opened(file)
+        except DsireError as error:
+            raise DsireError(f"{file.name}: {error}" if len(model.files) > 1 else str(error)) from error
+        model.header.update(header)
+        network = network_of(f"{file.parent.name}.x") if whole else ""  # in its folder keys leave it out
+        for key, reader in readers.items():
+            place = places.setdefault(network + key, file)
+            if place != file:
+                raise DsireError(f"{shown(key)} is in two files, {file.name} and {place.name}: name one of them")
+            model.readers[network + key] = reader
+    return model
 
 
 def open_base(path: Path) -> Weights:
-    """Open the model that fine-tunes began as: a file, or all of a folder, such as diffusers' unet/, text_encoder/."""
-    files = [path]
-    if path.is_dir():
-        pickles = [file for file in visible_files(path, PICKLE_ENDINGS) if not TRAINERS.match(file.name)]
-        files = visible_files(path, SAFE_ENDINGS) or pickles
-    every = sorted({part for file in files for part in parts_of(file)})
-    base = joined({file: network_of(f"{file.parent.name}.x") if path.is_dir() else "" for file in every}, "the base: ")
+    """Open the model that fine-tunes began as."""
+    base = open_model(path, "the base: ")
     if not base.layers:
         raise DsireError(f"holds no weight matrices of a model ({' '.join(WEIGHT_ENDINGS)})")
     return base
 
 
-def joined(files: dict[Path, str], called: str = "") -> Weights:
-    """Files, each with what its keys leave out at their beginning, as one."""
-    place: dict[str, tuple[Weights, str]] = {}
-    header: dict[str, str] = {}
-    for file, network in files.items():
-        try:
-            weights = open_weights(file)
-        except DsireError as error:
-            raise DsireError(f"{file.name}: {error}" if len(files) > 1 else str(error)) from error
-        header |= weights.header
-        for key in weights.keys:
-            if network + key in place:
-                other = place[network + key][0].files[0].name
-                raise DsireError(f"{shown(key)} is in two files, {file.name} and {other}: name one of them")
-            place[network + key] = weights, key
-    return Weights([*files], [*place], lambda key: place[key][0].tensor(place[key][1]), header, called)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings: what the product of A and B is multiplied by, and whether it is the change of the weights at all
+# From a layer's parts, and what scales them, to its spectra; a file; which files of a folder are models
 
+FOREIGN = 0.7  # of the norm of the base's weights: what has changed by more was never fine-tuned from them
+IS_ZERO = "the change of the weights is zero"
+IS_FOREIGN = f"the change of the weights is over {FOREIGN:.0%} of the base's"
 # Settings of PEFT, and of ms-swift, with which it is, up to the scale; what is empty or false says nothing.
 UNDERSTOOD = re.compile(
     r"(?si:peft_type=(?:PeftType\.)?(?:lora|loha|lokr)|init_(?:lora_)?weights=(?:true|gaussian|orthogonal)"
@@ -1750,6 +1549,7 @@ UNDERSTOOD = re.compile(
     r"|lora_dtype|lorap_lr_ratio|lorap_emb_lr)=.*)"
 )
 # What stands by itself in headers (and in LoHa's configuration), and PEFT's name for it.
+DIFFUSERS = "lora_adapter_metadata"  # JSON in a header
 PEFT_NAMES = {
     **dict.fromkeys(("alpha", "lora_alpha", "network_alpha", "ss_network_alpha"), "lora_alpha"),
     **dict.fromkeys(("r", "rank", "lora_rank", "network_dim", "ss_network_dim"), "r"),
@@ -1765,18 +1565,12 @@ def parsed(text: str) -> Any:
 
 
 def settings_of(weights: Weights, network: str) -> dict[str, Any]:
-    """What the first source that states alpha says of a network, PEFT's name -> value; {} if none does.
-
-    A header goes before the JSON in it (diffusers), and that before the JSON beside the file (PEFT). Whatever a source
-    says must be understood.
-    """
-    header = weights.header
+    """What the first source that states alpha says of a network, PEFT's name -> value; {} if none does."""
+    header, beside = weights.header, weights.files[0].with_name("adapter_config.json")
     plain = {key: parsed(header[key]) for key in sorted(header) if key.rpartition(".")[2] in PEFT_NAMES}
     sources = {"its header": {key: value for key, value in plain.items() if value is not None}}
-    texts: dict[str, Any] = {key: header[key] for key in header if key == "lora_adapter_metadata"}
-    beside = weights.files[0].with_name("adapter_config.json")
-    if beside.is_file():
-        texts[beside.name] = beside.read_bytes()
+    texts: dict[str, Any] = {DIFFUSERS: header.get(DIFFUSERS, "{}")}
+    texts[beside.name] = beside.read_bytes() if beside.is_file() else "{}"  # PEFT's
     for place, text in texts.items():
         with asking(f"{place} is not a JSON object"):
             sources[place] = {**json.loads(text[:LONGEST_TEXT])}
@@ -1788,7 +1582,8 @@ def settings_of(weights: Weights, network: str) -> dict[str, Any]:
             name = PEFT_NAMES.get(name, name)
             if value and not UNDERSTOOD.fullmatch(f"{name}={value}"):
                 raise DsireError(f"{place} says {shown(f'{key}={value}')}, which is not understood here: not judged")
-            if (not prefix or network_of(f"{prefix}.x") == network) and own.setdefault(name, value) != value:
+            of_it = not prefix or layer_name(f"{prefix}.x") == f"{network}x"
+            if of_it and own.setdefault(name, value) != value:
                 raise DsireError(f"{place} says that {name} is {shown(own[name])}, and {shown(value)}")
         if own and place in texts:
             own.setdefault("lora_alpha", 8)  # PEFT's default
@@ -1797,66 +1592,42 @@ def settings_of(weights: Weights, network: str) -> dict[str, Any]:
 
 
 def scale_of(weights: Weights, parts: dict[str, str], said: dict[str, Any], rank: int | None) -> float | None:
-    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) for rslora; None if nothing states alpha.
-
-    LoKr's matrices have no rank if they are whole: LyCORIS ignores alpha then, PEFT does not.
-    """
+    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) for rslora; None if nothing states alpha."""
     if "alpha" in parts:
-        alpha = weights.matrix(parts["alpha"], least_dimensions=0)
-        if alpha.numel() != 1:
-            raise DsireError(f"{shown(parts['alpha'])} is not one number")
-        return float(alpha.reshape(())) / rank if rank else 1.0
+        with asking(f"{shown(parts['alpha'])} is not one number"):
+            own = float(weights.matrix(parts["alpha"], least_dimensions=0))
+        return own / rank if rank else 1.0  # whole matrices have no rank: LyCORIS ignores alpha then, PEFT does not
     if not said:
         return None
-    alpha, r = said["lora_alpha"], said.get("r")
-    its: Any = rank or ("unknown" if said.get("rank_pattern") else r)
+    alpha, r = said["lora_alpha"], None if said.get("rank_pattern") else said.get("r")
+    its: Any = rank or r
     right = type(alpha) in (int, float) and abs(alpha) < 2**53 and type(its) is int and its > 0
-    if not right or (r not in (None, its) and not said.get("rank_pattern")):
+    if not right or r not in (None, its):
         facts = f"lora_alpha is {shown(repr(alpha))} and r is {shown(repr(r))}"
         raise DsireError(f"its settings say that {facts}, but {shown(next(iter(parts.values())))} has rank {rank}")
     return float(alpha / (its**0.5 if said.get("use_rslora") else its))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a layer's parts to its spectra
-
-FOREIGN = 0.7  # of the norm of the base's weights: what has changed by more was never fine-tuned from them
-IS_ZERO = "the change of the weights is zero"
-IS_FOREIGN = f"the change of the weights is over {FOREIGN:.0%} of the base's"
-
-
 def factors(tensors: dict[str, Tensor], row: tuple[str, str, str, str], turned: bool) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in k k] of a row of PRODUCTS, its core [r, r, k, k] made part of A; W and I of a whole W.
-
-    Beside a core (Tucker), B of LoHa and LoKr is `turned`, [r, out].
-    """
+    """B [out, r] and A [r, in k k] of a row of PRODUCTS, a core [r, r, k, k] made part of A; W and I of a whole W."""
     of_b, of_a, of_core, whole = row
     if whole in tensors:
         matrix = tensors[whole].flatten(1)
         return matrix, torch.eye(matrix.shape[1], dtype=torch.float64)
     b, a = tensors[of_b], tensors[of_a]
     if of_core in tensors:
-        core = tensors[of_core].flatten(2)
-        if core.shape[1] != len(a):  # einsum would repeat a single row
-            raise ValueError(f"a core of rank {core.shape[1]}, A of rank {len(a)}")
-        a, b = torch.einsum("ijk,jm->imk", core, a.reshape(a.shape[:2])), b.mT if turned else b
+        a, b = a.reshape(a.shape[:2]).mT @ tensors[of_core].flatten(2), b.mT if turned else b  # as LyCORIS stores it
     a, b = a.flatten(1), b.flatten(1)
     if len(a) != b.shape[1]:
         raise ValueError(f"A of rank {len(a)}, B of rank {b.shape[1]}")
     return b, a
 
 
-def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor, by_input: bool) -> Tensor:
-    """DoRA's change of the weights W₀, m (W₀ + s B A) / |W₀ + s B A| - W₀ (Liu et al. 2024): [out, in k k].
-
-    The magnitude m has a number for each output, or for each input.
-    """
+def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's change of the weights W₀ (Liu et al. 2024), m (W₀ + s B A) / |W₀ + s B A| - W₀, by rows: [out, in k k]."""
     merged = old + scale * b @ a
-    grouped = merged.reshape(len(old), len(magnitude) if by_input else 1, -1)
-    m = magnitude.reshape((1, -1, 1) if by_input else (len(old), 1, 1))
-    norms = torch.linalg.vector_norm(grouped, dim=(0, 2) if by_input else 2, keepdim=True)
-    norms = norms.masked_fill(norms == 0, 1)
-    change: Tensor = (grouped * (m / norms)).reshape(old.shape) - old
+    norms = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+    change: Tensor = merged * (magnitude.view(len(old), 1) / norms.masked_fill(norms == 0, 1)) - old
     return change
 
 
@@ -1867,6 +1638,8 @@ def adapter_layer(
     method, keys = method_of(parts), ", ".join(map(shown, parts.values()))
     of_lora, rows = "A" in parts, PRODUCTS[method]
     tensors = {its: weights.matrix(key, 1 if its == "magnitude" else 2) for its, key in parts.items() if its != "alpha"}
+    if said.get("use_dora") and method == "LoRA":
+        raise DsireError(f"its settings say use_dora, and {keys} have no magnitude")
     with asking(f"{keys} do not fit each other"):
         products = [factors(tensors, row, not of_lora) for row in (rows[:1] if of_lora else rows)]
         if method == "LoHa":  # (B1 A1) ∘ (B2 A2) is one product of rank r r
@@ -1892,70 +1665,53 @@ def adapter_layer(
     elif base and of_base:
         old, magnitude = base.matrix(of_base).flatten(1), tensors["magnitude"]
         old = old.mT if said.get("fan_in_fan_out") else old  # GPT-2's layers
-        by_input = "dora_scale" in parts["magnitude"] and len(magnitude) == 1 < magnitude.numel()  # of LyCORIS
         with asking(f"{keys} do not fit the base's weights"):
-            merged = dora_change(b, a, scale, old, magnitude.flatten(), by_input)
-        spectra["BA"] = matrix_spectrum(merged, count)
+            if len(magnitude) == 1 < len(b) and "dora_scale" in parts["magnitude"]:  # LyCORIS' other form
+                raise ValueError("the magnitude must have one number for each output")
+            of_weights = dora_change(b, a, scale, old, magnitude)
+        spectra["BA"] = matrix_spectrum(of_weights, count)
     remarks = {
         "alpha is not stated: BA is taken with scale 1": stated is None,
         "alpha is 0: BA counts as zero": scale == 0,
         IS_ZERO: not change.any(),
         "DoRA without its base: the magnitudes are set aside, only A and B are judged": "BA" not in spectra,
     }
-    return Layer(shape, spectra, method, [remark for remark, true in remarks.items() if true])
+    return Layer(shape, spectra, method, remarks)
 
 
 def full_layer(weights: Weights, key: str, base: Weights, of_base: str, count: int, device: str) -> Layer:
     """The change W - W₀ of a layer of a full fine-tune; of_base is the base's key, if it has the layer."""
-    stored = weights.tensor(key)
+    stored = weights.readers[key]()
     if stored.ndim < 2 or not stored.is_floating_point():  # a norm, or numbers that are no weights
         return Layer([], {})
     new, old = weights.matrix(key).flatten(1), base.matrix(of_base).flatten(1) if of_base else torch.empty(0)
     if new.shape != old.shape:
-        return Layer([], {}, remarks=["layers that are not in the base with the same shape are left out"])
-    coarse = max(stored.dtype, base.tensor(of_base).dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    method, change = f"full fine-tune in {str(coarse).removeprefix('torch.')}", new - old
+        return Layer([], {}, remarks={"layers that are not in the base with the same shape are left out": True})
+    coarse = max(stored.dtype, base.readers[of_base]().dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    change = new - old
     if torch.equal(new.to(coarse), old.to(coarse)):
-        nothing = {"BA": torch.zeros(min(count, *change.shape), dtype=torch.float64)}
-        return Layer([*change.shape], nothing, method, [IS_ZERO])
+        change.zero_()
     rounding = change[change.abs() <= torch.finfo(coarse).eps * new.abs()]  # by no more than the last digit
     of_change, of_rounding, of_old = (float(torch.linalg.vector_norm(its)) for its in (change, rounding, old))
     remarks = {
         "most of the change is no larger than the last digit that is stored": 2 * of_rounding**2 > of_change**2,
+        IS_ZERO: not change.any(),
         IS_FOREIGN: of_change > FOREIGN * of_old,
     }
     del new, old, rounding  # a model's largest matrices take hundreds of megabytes each
-    spectrum = matrix_spectrum(change.to(device), count).cpu()
-    return Layer([*change.shape], {"BA": spectrum}, method, [remark for remark, true in remarks.items() if true])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One file: its spectra, what it says of itself; which files of a folder are models
-
-
-def model_layers(weights: Weights, base: Weights | None) -> tuple[Keys, list[str]]:
-    """`lora_layers`, or given a base those of a full model; NoLora if it is neither."""
-    try:
-        return lora_layers(weights.keys)
-    except NoLora as error:
-        if base is None:
-            raise
-        for network in (network_of(f"{weights.files[0].parent.name}.x"), ""):
-            full = {layer: its for layer, its in layers_of(weights.keys, network).items() if "weight" in its}
-            if full.keys() & base.layers.keys():
-                return full, []
-        raise NoLora(f"{error}; no layer in common with the base, such as {shown(min(base.layers))}") from None
+    spectrum = torch.zeros(min(count, *change.shape), dtype=torch.float64)
+    if change.any():
+        spectrum = matrix_spectrum(change.to(device), count).cpu()
+    return Layer([*change.shape], {"BA": spectrum}, f"full fine-tune in {str(coarse).removeprefix('torch.')}", remarks)
 
 
 def file_spectra(path: Path, base: Weights | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
     """The spectra of one file: a single model, whose size is what the file itself states (0 if it doesn't).
 
-    Args:
-        base: the model that it was fine-tuned from, without which full models and DoRA's changes can't be judged.
-        count: how many singular values of a change of the weights are kept.
+    Without its `base` no full model is judged; `count` is how many singular values of a change are kept.
     """
     weights = open_model(path)
-    keys, others = model_layers(weights, base)
+    keys, others = lora_layers([*weights.readers], base, path.parent.name)
     full = any("weight" in parts for parts in keys.values())
     settings = {network: settings_of(weights, network) for network in ({} if full else {*map(network_of, keys)})}
 
@@ -1970,11 +1726,13 @@ def file_spectra(path: Path, base: Weights | None = None, count: int = LARGEST, 
                 raise FloatingPointError("numbers too large to multiply")
         return found
 
-    at_once = 4 if base else 1  # whole matrices are worth a thread each, and take memory
-    every = dict(zip(keys, in_parallel(layer_of, [*keys], at_once), strict=True))
+    found = in_parallel(layer_of, [*keys], 4 if base else 1)  # whole matrices are worth a thread each, and take memory
+    every = dict(zip(keys, found, strict=True))
     layers = {layer: its for layer, its in every.items() if its.spectra}
-    remarks = [(layer, remark) for layer, its in every.items() for remark in its.remarks]
-    notes = together(remarks, sum(bool(its.spectra or its.remarks) for its in every.values()), "layers")
+    changed = {layer: its for layer, its in layers.items() if not its.remarks[IS_ZERO]}
+    remarks = [(layer, remark) for layer, its in every.items() for remark, true in its.remarks.items() if true]
+    told = [(layer, remark) for layer, remark in remarks if remark != IS_ZERO or changed]
+    notes = together(told, sum(bool(its.remarks) for its in every.values()), "layers")
     if not layers:
         raise DsireError("; ".join(["has no matrix of the base's shape", *notes]))
     if 2 * sum(remark == IS_FOREIGN for _, remark in remarks) > len(layers):
@@ -1984,38 +1742,34 @@ def file_spectra(path: Path, base: Weights | None = None, count: int = LARGEST, 
         notes.append(f"{counted(len(others), 'tensor')} set aside, {such}")
     if base and not full and not any(its.method == "DoRA" for its in layers.values()):
         notes.append("--base is not used: the file holds the change of the weights itself")
-    size, stated_in = stated_size(weights.header) or (0, "")
-    notes += [f"states its own size: {size} images ({stated_in})"] if size else []
     if any(len(text) > LONGEST_TEXT for text in weights.header.values()):
         notes.append("its header is too long to look for the size that it states")
-    changed = {layer: its for layer, its in layers.items() if IS_ZERO not in its.remarks}
-    voting, first = (changed if changed and full else layers), ([] if changed else [UNTRAINED])
-    return as_spectra(voting, sizes=torch.tensor([size]), names=[str(path)], notes=notes, first=first)
+    size, first = torch.tensor([stated_size(weights.header)]), [] if changed else [UNTRAINED]
+    voting = changed if full and changed else layers
+    return as_spectra(voting, sizes=size, names=[str(path)], notes=notes, first=first)
 
 
-def stated_size(header: dict[str, str]) -> tuple[int, str] | None:
-    """The number of training images that kohya's metadata state, without repeats, and the key that states it.
+def stated_size(header: dict[str, str]) -> int:
+    """The number of training images that kohya's metadata state, without repeats; 0 if they don't.
 
-    A folder that is used in several resolutions counts once: it is in several of ss_datasets, and in ss_dataset_dirs it
-    is called "cat", "cat (2)", "cat (3)". Regularisation images do not count.
+    A folder counts once, in however many resolutions it is used: in several of ss_datasets, or as "cat", "cat (2)".
     """
-    sets, folders = (parsed(header.get(key, "")) for key in ("ss_datasets", "ss_dataset_dirs"))
-    total, repeats = (dataset_size(header.get(key)) for key in ("ss_num_train_images", "ss_num_repeats"))
-    sizes: dict[str, Any] = {}
+    sizes = []
     with suppress(AttributeError, KeyError, TypeError):  # it is not as kohya writes it
-        most: Counter[Any] = Counter()  # how many folders there are of a name and a number of images
-        for one in sets:
+        most: dict[tuple[Any, int], int] = {}  # how many folders there are of a name and a number of images
+        for one in parsed(header.get("ss_datasets", "")):
             parts = [part for part in one["subsets"] if not part.get("is_reg")]
             places = [part.get("image_dir") or part.get("metadata_file") for part in parts]
-            most |= Counter(zip(places, (dataset_size(part["img_count"]) for part in parts), strict=True))
-        sizes["ss_datasets"] = sum(count * times for (_, count), times in most.items())
+            here = Counter(zip(places, (dataset_size(part["img_count"]) for part in parts), strict=True))
+            most |= {folder: max(times, most.get(folder, 0)) for folder, times in here.items()}
+        sizes.append(sum(size * times for (_, size), times in most.items()))
     with suppress(AttributeError, KeyError, TypeError):
-        first = {name: re.sub(r" \(\d+\)$", "", name) for name in folders}
-        once = {(its if its in folders else name, folders[name]["img_count"]) for name, its in first.items()}
-        sizes["ss_dataset_dirs"] = sum(dataset_size(count) for _, count in once)
-    if not sets and repeats and not total % repeats:  # else it counts repeats, or each of several resolutions
-        sizes["ss_num_train_images"] = total // repeats
-    return next(((dataset_size(size), key) for key, size in sizes.items() if dataset_size(size)), None)
+        folders, once = parsed(header.get("ss_dataset_dirs", "")), set()
+        for name, its in folders.items():
+            first = re.sub(r" \(\d+\)$", "", name)
+            once.add((first if first in folders else name, dataset_size(its["img_count"])))
+        sizes.append(sum(size for _, size in once))
+    return next((size for size in sizes if dataset_size(size)), 0)
 
 
 def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
@@ -2025,67 +1779,57 @@ def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
 
 
 def model_files(folder: Path, base: Weights | None = None) -> tuple[list[Path], dict[Path, str]]:
-    """The models below a folder, sorted, of shards the first one; and why each other weights file is none.
-
-    Given a base, models that were fine-tuned from it are found, too. What can't be read is a model: that is said later.
-    """
+    """The models below a folder, sorted, of shards the first one; and why each other weights file is none."""
     models, others = [], {}
+    of_base = {os.path.realpath(file) for file in base.files} if base else set()  # by whatever name or link
     safe: set[Path] = set()  # folders with models in safetensors
     for path in visible_files(folder, SAFE_ENDINGS) + visible_files(folder, PICKLE_ENDINGS):
-        pickled, why = path.suffix.lower() in PICKLE_ENDINGS, ""
+        pickled = path.suffix.lower() in PICKLE_ENDINGS
         if path != next((part for part in parts_of(path) if part.is_file()), path):
             continue
-        if base and base.is_one_of_its_files(path):
-            why = "it is the base itself"
-        elif pickled and (path.parent in safe or TRAINERS.match(path.name)):
-            why = "a pickle beside safetensors" if path.parent in safe else "a trainer's state, by its name"
-        else:
-            try:
-                model_layers(open_model(path), base)
-            except DsireError as error:
-                why = str(error) if isinstance(error, NoLora) else ""
-        if why:
-            others[path] = why
-        else:
-            models.append(path)
-            safe |= set() if pickled else {path.parent}
+        try:
+            if os.path.realpath(path) in of_base:
+                raise NoLora("it is the base itself")
+            if pickled and path.parent in safe:
+                raise NoLora("a pickle beside safetensors")
+            if pickled and TRAINERS.match(path.name):
+                raise NoLora("a trainer's state, by its name")
+            lora_layers([*open_model(path).readers], base, path.parent.name)
+        except NoLora as error:
+            others[path] = str(error)
+            continue
+        except (DsireError, OSError):  # that is said later
+            pass
+        models.append(path)
+        safe |= set() if pickled else {path.parent}
     return sorted(models), others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the weights come from: a folder, the Hub, or a file of spectra
+# Where the weights come from: a folder, the Hub, or a file of spectra; and the cache of spectra
 
-CARDS = ("README.md", ".huggingface.yaml")  # where a dataset says what its configs are
 REPOSITORY = re.compile(r"(?:https://huggingface\.co/(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)/?(?::(.+))?")
 PATIENCE = 60  # seconds that the Hub may be silent
+FACTS = ("names", "recipes", "voters", "shapes", "method", "notes", "first")  # of Spectra, in a file of them
+say_once = lru_cache(say)
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file of models: its path in the folder or repository, its bytes, and the Hub's SHA of it, or its times."""
-
-    file: str
-    size: int
-    version: str
+class Shard:  # a file of models
+    file: str  # its path in the folder or repository
+    size: int  # bytes
+    version: str  # the Hub's SHA of it, or its times
 
 
 @dataclass(frozen=True)
-class Source:
-    """The files of a subset: a "dataset"'s parquet, labelled "files" (size, name, recipe), "spectra", or a "model"'s.
-
-    `commit` is the Hub's commit hash, or "" for a folder; `notes` say what is left out.
-    """
-
+class Source:  # the files of a subset
     dataset: str
     subset: str
-    commit: str
+    commit: str  # the Hub's hash; "" for a folder
     shards: list[Shard]
-    notes: list[str]
-    kind: str = "dataset"
-    labels: dict[str, tuple[int, str, str]] = field(default_factory=dict)
-
-
-Chosen = tuple[str, list[str], list[str]]  # a subset's name, its files, and notes
+    notes: list[str]  # what is left out
+    kind: str = "dataset"  # of parquet; else labelled "files", "spectra", or those of a "model"
+    labels: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # of labelled files: size, name, recipe
 
 
 def find_source(
@@ -2093,116 +1837,109 @@ def find_source(
 ) -> Source:
     """The files of a subset in a folder or on the Hub, or a file of spectra; labelled files began as `base`."""
     place = path_of(dataset)
-    here = os.path.exists(place)
-    if here and revision is not None:
+    if revision is not None and os.path.exists(place):
         raise DsireError(f"--revision is of a dataset on the Hub, and {place} is here: leave it out")
     if os.path.isdir(place):
         return folder_source(place, subset, base)
     match = REPOSITORY.fullmatch(dataset)
-    if match and not match[2] and not here:
-        return hub_dataset(match[1], subset, revision, cache)
-    return spectra_source(dataset, located(dataset, cache, "dataset", revision), subset)
+    if match and not match[2] and not os.path.exists(place):
+        return hub_source(match[1], "dataset", subset, None, revision, cache)
+    file, _ = located(dataset, cache, "dataset", revision)
+    with naming(f"--dataset={dataset}"):
+        if file.suffix.lower() not in SAFE_ENDINGS:
+            raise DsireError("is a file: give the folder that holds it")
+        spectra, about = read_spectra(file)
+        told = [str(about.get(fact, "")) for fact in ("dataset", "subset", "commit")]
+        texts = "".join(map(str, [*told, *spectra.names, *spectra.recipes, *spectra.shapes, spectra.method]))
+        if any(unicodedata.category(letter)[0] == "C" for letter in texts) or spectra.sizes.min() < 1:
+            raise DsireError("can't be right: control characters in names, or a model without a size")
+        if subset not in (None, told[1]):
+            raise DsireError(f"holds subset {told[1]}, not {subset}: leave --subset out")
+    note = f"{dataset} holds spectra, not models: of {' '.join(told)}; its digest is {about['digest']}"
+    shard = Shard(str(file.absolute()), file.stat().st_size, about["digest"])
+    return Source(told[0], told[1], told[2], [shard], [note], "spectra")
 
 
 def folder_source(folder: Path, subset: str | None, base: Weights | None) -> Source:
-    """The parquet files of a subset in a folder; or, where a metadata.csv labels them, its files of models."""
-    if labels := metadata_csv(folder):
+    """The files of models that metadata.csv labels in a folder; or, without one, the parquet files of a subset."""
+    every, labels, shipped = visible_files(folder, (*WEIGHT_ENDINGS, ".parquet")), metadata_csv(folder), []
+    kind, called = ("files", folder.resolve().name) if labels else ("dataset", subset or "")
+    source = Source(str(folder), called, "", [], [], kind, labels)
+    names = [file.relative_to(folder).as_posix() for file in every if file.suffix.lower() == ".parquet"]
+    if labels:
         if subset is not None:
             raise DsireError(f"--subset={subset}: {folder} holds labelled files, which have no subsets; leave it out")
-        others = {*visible_files(folder, (*WEIGHT_ENDINGS, ".parquet"))}
-        others -= {part for file in labels for part in parts_of(folder / file)}
-        such = min(others, default=folder).relative_to(folder)
-        left_out = f"left out, as not in metadata.csv: {counted(len(others), 'file')}, such as {such}"
-        shards = [shard_on_disk(folder, file, base) for file in sorted(labels, key=Path)]
-        return Source(str(folder), folder.resolve().name, "", shards, [left_out] if others else [], "files", labels)
-    shipped = sorted((folder / subset.replace("_", "/")).glob("*.parquet")) if subset and folder == SHIPPED else []
-    names = [file.relative_to(folder).as_posix() for file in shipped or visible_files(folder, [".parquet"])]
-    notes: list[str] = []
-    if not names or (subset is None and visible_files(folder, WEIGHT_ENDINGS)):
+        listed = {part for file in labels for part in parts_of(folder / file)}
+        of_base = {*map(os.path.realpath, base.files if base else [])}  # by whatever name or link
+        its_base = {file for file in (*listed, *every) if os.path.realpath(file) in of_base}
+        if listed & its_base:
+            raise DsireError(f"{folder / 'metadata.csv'} lists the base, {min(listed & its_base)}: leave it out there")
+        if others := [file.relative_to(folder) for file in every if file not in listed | its_base]:
+            source.notes.append(f"{counted(len(others), 'file')} left out, as not in metadata.csv, such as {others[0]}")
+        names = sorted(labels, key=Path)
+    elif not names or (subset is None and len(names) < len(every)):
         found = "parquet, and weights beside it: choose it with --subset, or" if names else "no parquet:"
         raise DsireError(f"--dataset={folder} holds {found} write metadata.csv with file_name, label, name")
-    if not shipped:  # which needs neither `datasets` nor the time to import it
-        cards = {name: folder / name for name in CARDS if (folder / name).is_file()}
-        subset, names, notes = files_of_subset(f"dataset {folder}", cards, names, subset)
-    return Source(str(folder), str(subset), "", [shard_on_disk(folder, name) for name in names], notes)
+    elif folder == SHIPPED:  # which needs neither `datasets` nor the time to import it
+        shipped = [name for name in names if str(Path(name).parent) == source.subset.replace("_", "/")]
+    for name in shipped or names:
+        file = folder / name
+        beside = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
+        facts = [part.stat() for part in dict.fromkeys([file, *beside])]  # of all that decides its spectra
+        version = "-".join(str(fact.st_mtime_ns) for fact in facts) + (f"-{base.identity}" if base and labels else "")
+        source.shards.append(Shard(name, sum(fact.st_size for fact in facts), version))
+    return source if labels or shipped else files_of_subset(source, folder / "README.md")
 
 
-def shard_on_disk(folder: Path, name: str, base: Weights | None = None) -> Shard:
-    """A file as a shard; its version is that of all files that decide its spectra."""
-    file = folder / name
-    beside = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
-    facts = [part.stat() for part in dict.fromkeys([file, *beside])]
-    version = "-".join(str(fact.st_mtime_ns) for fact in facts) + (f"-{base.identity}" if base else "")
-    return Shard(name, sum(fact.st_size for fact in facts), version)
-
-
-def files_of_subset(what: str, cards: dict[str, Path], names: list[str], subset: str | None) -> Chosen:
-    """Which parquet files are a subset's, as `datasets` understands the README's header.
-
-    It is shown a folder of empty files: what else lies in the dataset (a script, images), or how its path is spelt,
-    makes no difference, and the Hub is asked by huggingface_hub alone. Aliases, which may nest, it would write out.
-    """
-    import yaml
-
-    with tempfile.TemporaryDirectory() as place:
-        view = Path(place).resolve() / "dataset"
-        for name in (*names, *cards):
-            (view / name).parent.mkdir(parents=True, exist_ok=True)
-            (view / name).touch()
-        said = f"{' and '.join(cards) or 'no README.md'} says which files are whose"
-        with asking(f"{what} has no parquet to read", said):
-            for name, card in cards.items():
-                (view / name).write_bytes(card.read_bytes())
-                text = card.read_text(encoding="utf-8", errors="replace")
-                block = re.match(r"\s*---[\r\n]([\s\S]*?)[\r\n]---[\r\n]", f"{text}\n")
-                header = block[1] if block else "" if name == "README.md" else text
-                if any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan(header)):
-                    raise DsireError(f"{name} of {what} has YAML aliases: write out what they stand for")
-            return subset_in_view(what, view, {*names}, subset)
-
-
-def subset_in_view(what: str, view: Path, names: set[str], subset: str | None) -> Chosen:
+def files_of_subset(source: Source, card: Path | None) -> Source:
+    """Of all parquet files those of a subset, as `datasets` understands the header of README.md, the card."""
     import datasets
+    import yaml
 
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-
-    def config(name: str) -> tuple[Any, dict[str, list[str]]]:
-        """A config's features, and the files of its splits."""
-        builder = datasets.load_dataset_builder(str(view), name, cache_dir=str(view.parent))
-        splits = (builder.config.data_files or {}).items()
-        files = {split: [Path(os.path.relpath(file, view)).as_posix() for file in its] for split, its in splits}
-        return builder.info.features or {}, files
-
-    configs = datasets.get_dataset_config_names(str(view))
-    if subset is None and len(configs) > 1:
-        raise DsireError(f"{what} has several subsets: choose one with --subset: {' '.join(configs)}")
-    if subset is not None and subset not in configs:
-        raise DsireError(f"--subset={subset} is not in {what}; it has: {' '.join(configs)}")
-    subset = subset or str(configs[0])
-    features, splits = config(subset)
-    files = list(dict.fromkeys(name for its in splits.values() for name in its))
-    if not files or not names.issuperset(files):
-        raise DsireError(f"{what}: subset {subset} names no parquet, or some outside of it: {shown(files)}")
-    if named := [column for column in ("label", "name", "recipe") if hasattr(features.get(column), "names")]:
-        raise DsireError(f"{what}: column {named[0]} has numbers that README.md names: write the names in their place")
+    what, subset = f"dataset {source.dataset}", source.subset
+    text = card.read_text(encoding="utf-8", errors="replace") if card and card.is_file() else ""
+    header = [*re.findall(r"\A\s*---\n([\s\S]*?)\n---\n", f"{text}\n"), ""][0]
+    with tempfile.TemporaryDirectory() as place:
+        view = Path(place).resolve() / "dataset"  # empty files: no script there, no odd path matters
+        shards = {(view / shard.file).as_posix(): shard for shard in source.shards}
+        try:
+            with asking(f"{what} has no parquet to read", "the configs in its README.md say which files are whose"):
+                for file in (*shards, str(view / "README.md")):
+                    Path(file).parent.mkdir(parents=True, exist_ok=True)
+                    Path(file).write_text("" if file in shards else f"---\n{header}\n---\n", encoding="utf-8")
+                if any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan(header)):
+                    raise DsireError(f"README.md of {what} has YAML aliases: write out what they stand for")
+                asked = json.dumps((yaml.safe_load(header) or {}).get("configs"), default=str)
+                if re.search(r'"(?:[/~]|[^"]*(?:\.\.|://))', asked):  # `datasets` would look for them all over the disk
+                    raise DsireError(f"README.md of {what} names parquet that is outside of it")
+                configs = datasets.get_dataset_config_names(str(view))
+                subset = subset or (configs[0] if len(configs) == 1 else "...")
+                if subset not in configs:
+                    raise DsireError(f"--subset={subset} is not in {what}: choose one of {' '.join(configs)}")
+                load = partial(datasets.load_dataset_builder, str(view), cache_dir=place)
+                builder = load(subset)
+                splits, features = builder.config.data_files or {}, builder.info.features or {}
+                files = dict.fromkeys(file for its in splits.values() for file in its)
+                if not files or not files.keys() <= shards.keys():
+                    raise DsireError(f"{what}: subset {subset} names no parquet, or some outside: {shown([*files])}")
+                if named := [name for name in LABELS if hasattr(features.get(name), "names")]:
+                    raise DsireError(f"{what}: column {named[0]} has numbers that README.md names: write names there")
+        except DsireError as error:
+            raise DsireError(str(error).replace(str(view), "it")) from error
+        others = shards.keys() - files
+        for other in configs if others else []:
+            with suppress(OSError, ValueError):  # it holds no parquet
+                others.difference_update(*(load(other).config.data_files or {}).values())
     notes = [f"the splits {' '.join(map(str, splits))} are taken together"] if len(splits) > 1 else []
-    others = names.difference(files)
-    for other in configs if others else []:
-        with suppress(OSError, ValueError):  # it holds no parquet
-            others.difference_update(*config(other)[1].values())
     if others:
-        left_out = f"{counted(len(others), 'parquet file')} of {what} left out, as in no split of a subset"
-        notes.append(f"{left_out}, such as {min(others)}: name them in the configs of README.md")
-    return subset, files, notes
+        notes.append(f"{counted(len(others), 'parquet file')} in no split left out, such as {shards[min(others)].file}")
+    return replace(source, subset=subset, shards=[shards[file] for file in files], notes=notes)
 
 
 def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
-    """File -> (label, name, recipe or "") from the metadata.csv of a folder; empty without one.
-
-    A file may be called as Windows has it (a\\b), with its accents composed in another way than on the disk, or by the
-    folder of an adapter, whose only file of weights it is.
-    """
+    """File -> (label, name, recipe or "") from the metadata.csv of a folder; empty without one."""
     path = folder / "metadata.csv"
     labels: dict[str, tuple[int, str, str]] = {}
     if not path.is_file():
@@ -2210,48 +1947,42 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
     with asking(f"{path} can't be read"):
         text = path.read_text(encoding="utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)  # as spreadsheets write it
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-        columns, *rows = [[cell.strip() for cell in row] for row in reader] or [[]]
-    if not {"file_name", "label", "name"} <= {*columns} or not any(map(any, rows)):
-        raise DsireError(f"{path} needs rows of file_name, label, name; it begins with {shown(text.strip())!r}")
+        table = [*csv.reader(io.StringIO(text), delimiter=delimiter)]
+    columns, *rows = [[cell.strip() for cell in row] for row in table] or [[]]
+    times = [columns.count(column) for column in ("file_name", "label", "name", "recipe")]
+    if times[:3] != [1, 1, 1] or times[3] > 1 or not any(map(any, rows)):
+        raise DsireError(f"{path} needs rows, and each of the columns file_name, label, name once, perhaps recipe")
+    # on disk an accent may be composed in another way; Windows calls a file a\b
     there = {unicodedata.normalize("NFC", its.relative_to(folder).as_posix()): its for its in folder.rglob("*")}
     for row in filter(any, rows):
-        cells = dict.fromkeys((*columns, "recipe"), "") | dict(zip(columns, row, strict=False))
+        cells = {"recipe": "", **dict.fromkeys(columns, ""), **dict(zip(columns, row, strict=False))}
         listed = Path(cells["file_name"].replace("\\", "/"))
-        file = there.get(unicodedata.normalize("NFC", listed.as_posix()), folder / listed)
+        file = there.get(unicodedata.normalize("NFC", listed.as_posix()), folder / listed)  # or an adapter's folder
         weights = visible_files(file, SAFE_ENDINGS) or visible_files(file, PICKLE_ENDINGS)
         name = Path(os.path.relpath(weights[0] if len(weights) == 1 else file, folder)).as_posix()
         size = dataset_size(cells["label"])
-        if not (size and cells["name"] and (folder / name).is_file()) or name in labels:
-            needs = "a file that is there, and is listed once, a label that is a whole number from 1 up, and a name"
+        if not (cells["file_name"] and size and cells["name"] and (folder / name).is_file()) or name in labels:
+            needs = "a file that is there, listed once, a label that is a whole number from 1 up, and a name"
             raise DsireError(f"{path}: {shown(' '.join(row))!r} needs {needs}")
         labels[name] = (size, cells["name"], cells["recipe"])
     return labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Hub
-
-
-def ask_hub(what: str, question: Callable[[Any], T]) -> T:
-    """What a question, a function of HfApi, is answered; to try again is huggingface_hub's."""
+def ask_hub(what: str, question: str, *arguments: Any, **options: Any) -> Any:
+    """What a question, a method of HfApi, is answered; to try again is huggingface_hub's."""
     with asking(what, "check the network, HF_TOKEN and HF_ENDPOINT"):
         with redirect_stdout(io.StringIO()):  # what it raises it prints, too
             from huggingface_hub import HfApi
-            from huggingface_hub.utils import disable_progress_bars
-
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        return in_background(question, HfApi()).result()
+        return in_background(partial(getattr(HfApi(), question), *arguments, **options)).result()
 
 
-def in_background(function: Callable[[Any], T], argument: Any) -> Future[T]:
+def in_background(function: Callable[[], T]) -> Future[T]:
     """Call in a thread that the end of the script doesn't wait for: Ctrl-C ends a download at once."""
     future: Future[T] = Future()
 
     def work() -> None:
         try:
-            future.set_result(function(argument))
+            future.set_result(function())
         except BaseException as error:  # it belongs to the caller, who gets it with the result
             future.set_exception(error)
 
@@ -2259,59 +1990,50 @@ def in_background(function: Callable[[Any], T], argument: Any) -> Future[T]:
     return future
 
 
-def hub_source(
-    repository: str, kind: str, wanted: str | None, revision: str | None, cache: Path, choose: Any, here: str
-) -> Source:
-    """The files of a repository on the Hub that `choose(source, its listing)` names as what is wanted.
+def fingerprint(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-    They are kept in the cache, and looked for again only when the commit has changed. Whatever goes wrong in asking,
-    what is kept is used, and that is said; where nothing is, `here` is said first.
-    """
-    saved = cache / "sources" / f"{fingerprint([repository, kind, wanted, revision])}.json"
+
+def hub_source(repo: str, kind: str, subset: str | None, file: str | None, revision: str | None, cache: Path) -> Source:
+    """The files of a repository on the Hub that are wanted; those found before where it can't be asked now."""
+    here = f"{repo}: no such file or folder here; "
+    if repo == LORA_WISE:
+        ships = [f"{its.parent.name}_{its.name}" for its in sorted(SHIPPED.glob("*/*"))]
+        here = "" if subset in (None, *ships) else f"--subset={subset} does not ship, as {' '.join(ships)} do; "
+    what = f"{kind} {repo}{f' at revision {revision}' if revision else ''}"
+    options: dict[str, Any] = {"repo_type": kind, "revision": revision, "files_metadata": True, "timeout": PATIENCE}
+    saved = cache / "sources" / f"{fingerprint([repo, kind, subset, file, revision])}.json"
     known = None
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not there, or not as written
         kept = json.loads(saved.read_text())
         if kept["digest"] == fingerprint(kept["source"]):
             known = Source(**{**kept["source"], "shards": [Shard(**shard) for shard in kept["source"]["shards"]]})
-    what = f"{kind} {repository}{f' at revision {revision}' if revision else ''}"
-    options: dict[str, Any] = {"repo_type": kind, "revision": revision, "files_metadata": True, "timeout": PATIENCE}
     try:
-        info = ask_hub(f"{here}{what} can't be read from the Hub", lambda api: api.repo_info(repository, **options))
+        info = ask_hub(f"{here}{what} can't be read from the Hub", "repo_info", repo, **options)
         if known and known.commit == info.sha:
             return known
         listed = [(its.rfilename, its.size, its.lfs.sha256 if its.lfs else its.blob_id) for its in info.siblings or []]
-        found = {shard[0]: Shard(*shard) for shard in listed}
-        if outside := [name for name in found if "\\" in name or {"", ".."} & {*name.split("/")}]:
+        if outside := [name for name, *_ in listed if "\\" in name or {"", ".."} & {*name.split("/")}]:
             raise DsireError(f"{what} lists {shown(outside[0])}, a path out of it: nothing of it is read")
-        source = Source(info.id, "", info.sha, [], [], kind)
-        subset, names, notes = choose(source, found)
+        every = Source(info.id, "", info.sha, [Shard(*its) for its in listed], [], kind)
+        found = {shard.file: shard for shard in every.shards}
+        if kind == "dataset" and not file:
+            card = fetch(every, found["README.md"], cache) if "README.md" in found else None
+            parquet = [found[name] for name in found if name.endswith(".parquet") and not re.search(r"(^|/)\.", name)]
+            source = files_of_subset(replace(every, subset=subset or "", shards=parquet), card)
+        else:  # a model, or all in safetensors, and the settings beside
+            asked = [file, *(part.as_posix() for part in parts_of(Path(file)))] if file else [*found]
+            names = [name for name in asked if name in found and (file or name.endswith(SAFE_ENDINGS))]
+            if not names:
+                raise DsireError(f"{repo} has no {file or 'safetensors; name a pickle as user/name:file.bin'}")
+            names += [Path(name).with_name("adapter_config.json").as_posix() for name in names]
+            source = replace(every, shards=[found[name] for name in dict.fromkeys(names) if name in found])
     except DsireError as error:
         if not known:
             raise
-        note = f"{error}; going on with commit {known.commit[:12]}, as found before"
-        return replace(known, notes=[note, *known.notes])
-    source = replace(source, subset=subset, shards=[found[name] for name in names], notes=notes)
+        return replace(known, notes=[f"{error}; going on with commit {known.commit[:12]}", *known.notes])
     write_json(saved, {"source": asdict(source), "digest": fingerprint(asdict(source))})
     return source
-
-
-def fingerprint(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def hub_dataset(repository: str, subset: str | None, revision: str | None, cache: Path) -> Source:
-    """The parquet files of a subset of a dataset on the Hub."""
-
-    def choose(source: Source, found: dict[str, Shard]) -> Chosen:
-        cards = {name: fetch(source, found[name], cache) for name in CARDS if name in found}
-        parquet = [name for name in found if name.endswith(".parquet") and not re.search(r"(^|/)\.", name)]
-        return files_of_subset(f"dataset {repository}", cards, parquet, subset)
-
-    here = f"no folder {repository} is here; "
-    if repository == LORA_WISE:
-        ships = [f"{file.parent.name}_{file.name}" for file in sorted(SHIPPED.glob("*/*"))]
-        here = "" if subset in (None, *ships) else f"--subset={subset} does not ship, as {' '.join(ships)} do; "
-    return hub_source(repository, "dataset", subset, revision, cache, choose, here)
 
 
 def fetch(source: Source, shard: Shard, cache: Path) -> Path:
@@ -2319,10 +2041,10 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
     if not source.commit:
         return Path(source.dataset) / shard.file
     what, place = f"{shard.file} of {source.dataset}", cache / "hub"
+    asked = f"{what} can't be fetched into {place}", "hf_hub_download", source.dataset, shard.file
+    options: dict[str, Any] = {"repo_type": source.kind, "revision": source.commit, "cache_dir": place}
     for again in (False, True):
-        options = {"repo_type": source.kind, "revision": source.commit, "cache_dir": place, "force_download": again}
-        ask = partial(lambda its, api: api.hf_hub_download(source.dataset, shard.file, **its), options)
-        path = Path(ask_hub(f"{what} can't be fetched into {place}", ask))
+        path = Path(ask_hub(*asked, force_download=again, **options))
         from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
         with path.open("rb") as file:
@@ -2332,62 +2054,45 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
     raise DsireError(f"{what} was damaged on its way, twice: try again later")
 
 
-def located(item: str, cache: Path, kind: str = "model", revision: str | None = None) -> Path:
-    """The file or folder on disk that the user means: a path, or a Hub repository or a file in it (user/name:file).
-
-    Fetched are a repository's safetensors, or a file and other parts of its model, and the settings beside them.
-    """
+def located(item: str, cache: Path, kind: str = "model", revision: str | None = None) -> tuple[Path, str]:
+    """The file or folder on disk that the user means; and on the Hub what it is called, user/name or user/name:file."""
     if item and os.path.exists(path_of(item)):
-        return path_of(item)
+        return path_of(item), ""
     match = REPOSITORY.fullmatch(item)
     if not match or match[1].endswith(WEIGHT_ENDINGS):
-        raise DsireError(f"{shown(item) if item else 'an empty name'}: no such file or folder")
-    repository, file = match.groups()
-
-    def choose(source: Source, found: dict[str, Shard]) -> Chosen:
-        parts = [part.as_posix() for part in (Path(file or ""), *parts_of(Path(file or "")))]
-        names = [name for name in (parts if file else found) if name in found and (file or name.endswith(SAFE_ENDINGS))]
-        if not names:
-            raise DsireError(f"{repository} has no {file or 'safetensors; name a pickle as user/name:file.bin'}")
-        beside = [Path(name).with_name("adapter_config.json").as_posix() for name in names]
-        return "", [*dict.fromkeys(name for name in (*names, *beside) if name in found)], []
-
-    source = hub_source(repository, kind, file, revision, cache, choose, f"{item}: no such file or folder here; ")
+        raise DsireError(f"{shown(item) or 'an empty name'}: no such file or folder")
+    source = hub_source(match[1], kind, None, match[2], revision, cache)
     first, *_ = [fetch(source, shard, cache) for shard in source.shards]
-    return first if file else first.parents[source.shards[0].file.count("/")]
+    if match[2]:
+        return first, f"{match[1]}:{match[2]}"
+    return first.parents[source.shards[0].file.count("/")], match[1]
 
 
 def files_to_predict(item: str, cache: Path, base: Weights | None = None) -> tuple[dict[str, Path], dict[str, str]]:
     """The models that the user means: name -> file; and of other files of weights, name -> why they are left out."""
-    place = located(item, cache)
-    match = None if os.path.exists(path_of(item)) else REPOSITORY.fullmatch(item)
+    place, hub = located(item, cache)
     if place.is_file():
-        return {f"{match[1]}:{match[2]}" if match else str(place): place}, {}
+        return {hub or str(place): place}, {}
     models, others = model_files(place, base)
-    at = [f"{match[1]}:{file.relative_to(place).as_posix()}" if match else str(file) for file in (*models, *others)]
-    left_out = dict(zip(at[len(models) :], others.values(), strict=True))
+    name = {its: f"{hub}:{its.relative_to(place).as_posix()}" if hub else str(its) for its in (*models, *others)}
     if not models:
-        such = "; ".join(f"{name}: {why}" for name, why in [*left_out.items()][:3]) or " ".join(WEIGHT_ENDINGS)
+        such = "; ".join(f"{name[file]}: {why}" for file, why in [*others.items()][:3]) or " ".join(WEIGHT_ENDINGS)
         raise DsireError(f"{item} holds no model to judge ({such})")
-    return dict(zip(at, models, strict=False)), left_out
+    return {name[file]: file for file in models}, {name[file]: why for file, why in others.items()}
 
 
 def open_base_of(item: str, cache: Path) -> Weights:
     """The model that the user means by --base: a file, a folder or a Hub repository."""
-    place = located(item, cache)
-    try:
+    place, _ = located(item, cache)
+    with naming(f"--base={item}"):
         return open_base(place)
-    except DsireError as error:
-        raise DsireError(f"--base={item}: {error}") from error
 
 
 def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
-    """The rank of the LoRAs in a subset: `rank`, or the one in a name like LoRA-WiSE's, 32 in medium_32_2; and notes.
-
-    Any other number in a name (fold_2, seed_42) is no rank, though the columns' lengths may fit it.
-    """
+    """The rank of the LoRAs in a subset: `rank`, or the one in a name like LoRA-WiSE's (medium_32_2); and notes."""
     if source.kind != "dataset":
         return rank or LARGEST, []  # LoRA says it itself, layer by layer; of a change of the weights it is a choice
+    # any other number in a name (fold_2, seed_42) is no rank, though the columns' lengths may fit it
     match = re.fullmatch(r"(?:low|medium|high|recipes|rank|r)_(\d+)(_\d+)?", source.subset)
     named = int(match[1]) if match else rank
     if not named:
@@ -2396,25 +2101,17 @@ def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
     return rank or named, [differs] if rank and rank != named else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files of spectra: the cache's, and those that are shared in place of the models
-
-FACTS = ("names", "recipes", "voters", "shapes", "method", "notes", "first")
-
-
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write under a temporary name, then rename: a file that carries its name is whole."""
     half = path.with_name(f".{path.name}.{os.getpid()}.half")
-    with asking(f"{path} can't be written", "what was computed is kept"):
+    with asking(f"{path} can't be written", "what was computed is kept"), ExitStack() as last:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with half.open("wb") as file:
-                file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
-                file.flush()
-                os.fsync(file.fileno())
-            half.replace(path)
-        finally:
-            half.unlink(missing_ok=True)
+        last.callback(half.unlink, missing_ok=True)
+        with half.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -2438,11 +2135,7 @@ def digest_of(facts: str, spectra: Tensor, sizes: Tensor) -> str:
 
 
 def read_spectra(path: Path) -> tuple[Spectra, dict[str, Any]]:
-    """What `write_spectra` wrote: the spectra, and what else is told about them, with the digest.
-
-    Raises:
-        DsireError: it is something else, damaged, of another format, or says what can't be; it may be a stranger's.
-    """
+    """What `write_spectra` wrote: the spectra, and what else is told about them; it may be a stranger's."""
     from safetensors import safe_open
 
     with asking("can't be read as a file of spectra"):
@@ -2458,84 +2151,56 @@ def read_spectra(path: Path) -> tuple[Spectra, dict[str, Any]]:
         if about["digest"] != header["digest"]:
             raise DsireError("is damaged, by its digest: fetch it anew")
         facts = {name: about.pop(name) for name in FACTS}
-        facts["voters"] = [Voter(*voter) for voter in facts["voters"]]
+        voters = facts["voters"] = [Voter(*voter) for voter in facts["voters"]]
         spectra = Spectra(values.double(), sizes, **facts)
-        if lie := next((what for holds, what in truths(spectra, values) if not holds), ""):
-            raise DsireError(f"can't be right: {lie}")
+        shapes, lengths, count = spectra.shapes, {"A": (3,), "B": (3,), "BA": (2, 3)}, (len(spectra.names),)
+        fit = [len(shapes.get(voter.layer, "")) in lengths.get(voter.matrix, ()) for voter in voters]
+        lists = spectra.names, spectra.recipes, spectra.notes, spectra.first, *shapes.values()
+        texts = [*spectra.recipes, *spectra.notes, *spectra.first, spectra.method, *(voter.layer for voter in voters)]
+        truths = {
+            "types of numbers": values.dtype in (torch.float32, torch.float64) and sizes.dtype == torch.int64,
+            "what is no list": {*map(type, lists)} == {list} and {*map(len, shapes.values())} <= {2, 3},
+            "numbers of voters, models": values.dim() == 3 and values.shape[:2] == (len(voters), *count),
+            "numbers of sizes or recipes": sizes.shape == count and len(spectra.recipes) in (0, *count),
+            "numbers out of range": values.numel() and (values >= 0).all() and ((sizes >= 0) & (sizes < 10**15)).all(),
+            "values that rise, or infinite": values.isfinite().all() and (values.diff(dim=-1) <= 0).all(),
+            "names that are no text": {*map(type, texts)} == {str} and {*map(type, spectra.names)} in ({str}, {int}),
+            "voters that do not fit the shapes": all(fit) and len({*voters}) == len(voters),
+            "a layer's shape": all(type(number) is int and number > 0 for shape in shapes.values() for number in shape),
+        }
+        if lies := [what for what, holds in truths.items() if not holds]:
+            raise DsireError(f"can't be right: {lies[0]}")
     return spectra, about
-
-
-def truths(spectra: Spectra, values: Tensor) -> Iterator[tuple[Any, str]]:
-    """What holds of any spectra, each with what is wrong otherwise; asked for only if those before it hold."""
-    count, voters, shapes = len(spectra.names), spectra.voters, spectra.shapes
-    yield values.dtype in (torch.float32, torch.float64) and spectra.sizes.dtype == torch.int64, "types of numbers"
-    yield values.dim() == 3 and values.numel() and values.shape[:2] == (len(voters), count), "numbers of voters, models"
-    yield spectra.sizes.shape == (count,) and len(spectra.recipes) in (0, count), "numbers of sizes or recipes"
-    yield values.isfinite().all() and (values.diff(dim=-1) <= 0).all(), "singular values that rise or are not finite"
-    yield (values >= 0).all() and (spectra.sizes >= 0).all(), "a singular value or size below zero"
-    texts = [*spectra.recipes, *spectra.notes, *spectra.first, spectra.method, *(voter.layer for voter in voters)]
-    yield {*map(type, texts)} == {str} and {*map(type, spectra.names)} in ({str}, {int}), "names that are no text"
-    lengths = {"A": (3,), "B": (3,), "BA": (2, 3)}
-    fit = [len(shapes.get(voter.layer, "")) in lengths.get(voter.matrix, ()) for voter in voters]
-    yield all(fit) and len({*voters}) == len(voters), "voters that do not fit the layers' shapes"
-    yield all(type(number) is int and number > 0 for shape in shapes.values() for number in shape), "a layer's shape"
-
-
-def spectra_source(item: str, path: Path, subset: str | None) -> Source:
-    """A file of spectra as a subset: what it says that it is of."""
-    if path.suffix.lower() not in SAFE_ENDINGS:
-        raise DsireError(f"--dataset={item} is a file: give the folder that holds it")
-    try:
-        spectra, about = read_spectra(path)
-        told = [str(about.get(fact, "")) for fact in ("dataset", "subset", "commit")]
-        texts = "".join(map(str, [*told, *spectra.names, *spectra.recipes, *spectra.shapes, spectra.method]))
-        if any(unicodedata.category(letter)[0] == "C" for letter in texts) or spectra.sizes.min() < 1:
-            raise DsireError("can't be right: control characters in names, or a model without a size")
-    except DsireError as error:
-        raise DsireError(f"--dataset={item} {error}") from error
-    if subset not in (None, told[1]):
-        raise DsireError(f"--dataset={item} holds subset {told[1]}, not {subset}: leave --subset out")
-    at = f" at commit {told[2][:12]}" if told[2] else ""
-    note = f"{item} holds spectra, not models: of {told[0]} {told[1]}{at}; its digest is {about['digest']}"
-    shard = Shard(str(path.absolute()), path.stat().st_size, about["digest"])
-    return Source(told[0], told[1], told[2], [shard], [note], "spectra")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache of spectra, and who computes what is not in it
 
 
 def process_rank() -> int:
     """The number of this process among those that torchrun started."""
-    return int(os.environ.get("RANK") or 0)
+    return min(torchrun("RANK", 0), max(1, torchrun("WORLD_SIZE", 1)) - 1)
 
 
 def subset_spectra(
     source: Source, rank: int, cache: Path, device: str = "cpu", keep_shards: bool = False, base: Weights | None = None
 ) -> Spectra:
-    """The spectra of a whole subset: from the cache, and for the shards that it lacks from their weights.
-
-    What is in the cache and sound is done: a file's name there changes with all that decides the spectra. It is written
-    before a download is deleted, so that a run that is killed goes on at its shard.
-    """
+    """The spectra of a whole subset: from the cache, and for the shards that it lacks from their weights."""
     if source.kind == "spectra":
         return read_spectra(Path(source.shards[0].file))[0]
     place, files = "" if source.commit else str(Path(source.dataset).absolute()), source.kind == "files"
-    keys = {shard: fingerprint([FORMAT, rank, place, asdict(shard)]) for shard in source.shards}
-    paths = {it: cache / "spectra" / f"{Path(it.file).stem[:40]}-{key}.safetensors" for it, key in keys.items()}
+    # what is in the cache and sound is done: a file's name there changes with all that decides the spectra
+    facts = {shard: fingerprint([FORMAT, rank, place, asdict(shard)]) for shard in source.shards}
+    paths = {it: cache / "spectra" / f"{Path(it.file).stem[:40]}-{key}.safetensors" for it, key in facts.items()}
 
-    def compute(shard: Shard, path: Path) -> None:
-        try:
-            spectra = file_spectra(path, base, rank, device) if files else shard_spectra(path, rank, device)
-        except DsireError as error:
-            raise DsireError(f"{shard.file}: {error}") from error
-        write_spectra(paths[shard], spectra, {})
-        for download in (path.resolve(), path) if source.commit and not keep_shards else ():
-            download.unlink(missing_ok=True)  # in huggingface_hub's cache it is a link
+    def compute(shard: Shard, held: ExitStack, path: Path | None) -> None:
+        with held:
+            if path:
+                with naming(shard.file):
+                    spectra = file_spectra(path, base, rank, device) if files else shard_spectra(path, rank, device)
+                write_spectra(paths[shard], spectra, {})  # before the download goes: a killed run goes on at its shard
+                for download in (path.resolve(), path) if source.commit and not keep_shards else ():
+                    download.unlink(missing_ok=True)  # in huggingface_hub's cache it is a link
 
     parts = {shard: cached(path) for shard, path in paths.items()}
     if missing := {shard: paths[shard] for shard, part in parts.items() if part is None}:
-        share_work(source, missing, cache, compute, many=files and base is None)
+        share(source, missing, cache, compute, many=files and not base)
     done = [part or read_spectra(paths[shard])[0] for shard, part in parts.items()]
     for number, shard in enumerate(source.shards if files else []):
         size, name, recipe = source.labels[shard.file]
@@ -2550,109 +2215,76 @@ def cached(path: Path) -> Spectra | None:
     return None
 
 
-def share_work(
-    source: Source, missing: dict[Shard, Path], cache: Path, compute: Callable[[Shard, Path], None], many: bool
-) -> None:
+def share(source: Source, missing: dict[Shard, Path], cache: Path, compute: Callable[..., None], many: bool) -> None:
     """Compute the spectra of shards together with any number of processes: torchrun's, other runs, other machines.
 
     Each begins at another shard, computes what is not there yet when it has the shard's lock, and has all in the end.
-    Shards of the Hub are fetched while the one before is computed. None waits for another in a circle: who waits for a
-    lock holds at most one, of a shard that is being computed, and lets it go without waiting for anything.
-    `many` are small: each core computes one.
+    The Hub's are fetched while the one before is computed. None waits for another in a circle: who waits for a lock
+    holds at most one, of a shard that is being computed, and lets it go without waiting. Of `many` each core takes one.
     """
     from tqdm import tqdm
 
-    first = process_rank() * len(missing) // int(os.environ.get("WORLD_SIZE") or 1)
+    first = process_rank() * len(missing) // max(1, torchrun("WORLD_SIZE", 1))
     walk = [*missing][first:] + [*missing][:first]
     name = "" if process_rank() else "files" if source.kind == "files" else "shards"
-
-    def prepare(shard: Shard) -> tuple[ExitStack, Path | None]:
-        """Lock a shard, and fetch it unless another process has computed it meanwhile."""
-        with ExitStack() as held:
-            lock(missing[shard].with_suffix(".lock"), held)
-            halves = f"spectra/.*{missing[shard].stem[-16:]}.*.half", f"hub/*/blobs/{shard.version}.*.incomplete"
-            for half in [half for pattern in halves for half in cache.glob(pattern)]:  # of a run that was killed
-                half.unlink(missing_ok=True)
-            path = None if cached(missing[shard]) else fetch(source, shard, cache)
-            return held.pop_all(), path
-
-    def finish(shard: Shard, held: ExitStack, path: Path | None) -> None:
-        with held:
-            if path:
-                compute(shard, path)
-
+    prepare = partial(prepared, source, cache, missing)
     if many:
-        in_parallel(lambda shard: finish(shard, *prepare(shard)), walk, name=name)
+        in_parallel(lambda shard: compute(shard, *prepare(shard)), walk, name=name)
         return
     coming: Future[tuple[ExitStack, Path | None]] | None = None
     try:
         for number, shard in enumerate(tqdm(walk, desc=name, disable=None if name else True), start=1):
             ready = coming.result() if coming else prepare(shard)
-            coming = in_background(prepare, walk[number]) if source.commit and number < len(walk) else None
-            finish(shard, *ready)
+            coming = in_background(partial(prepare, walk[number])) if source.commit and number < len(walk) else None
+            compute(shard, *ready)
     finally:
         if coming:
             coming.add_done_callback(lambda its: None if its.exception() else its.result()[0].close())
 
 
-say_once = lru_cache(say)
-
-
-def lock(place: Path, held: ExitStack) -> None:
-    """No other process computes this while it is held; where the disk knows no locks both do, which is no harm."""
+def prepared(source: Source, cache: Path, missing: dict[Shard, Path], shard: Shard) -> tuple[ExitStack, Path | None]:
+    """A shard's lock, and the shard, fetched unless another process has computed its spectra meanwhile."""
     from filelock import FileLock
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:  # taken in one thread, released in another; a file that exists would outlive a run that is killed
-        held.enter_context(FileLock(place, thread_local=False, fallback_to_soft=False))
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        say_once(f"{place.parent} knows no locks ({shown(error)}): going on without", file=sys.stderr)
+    spectra = missing[shard]
+    with ExitStack() as held:
+        halves = f"spectra/.*{spectra.stem[-16:]}.*.half", f"hub/*/blobs/{shard.version}.*.incomplete"
+        try:  # taken in one thread, released in another; a file that exists would outlive a run that is killed
+            held.enter_context(FileLock(spectra.with_suffix(".lock"), thread_local=False, fallback_to_soft=False))
+            for half in [half for pattern in halves for half in cache.glob(pattern)]:  # of a run that was killed
+                half.unlink(missing_ok=True)
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            # two may compute it now, which is no harm
+            say_once(f"{spectra.parent} knows no locks ({shown(error)}): going on without", file=sys.stderr)
+        path = None if cached(spectra) else fetch(source, shard, cache)
+        return held.pop_all(), path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report: what is printed, as lines, and what is written for programs
+# The report: what is printed, as lines, what is written for programs, and pictures: the paper's Figures 2 to 6
 
 
 def about_models(spectra: Spectra, subset: str, how: str) -> list[str]:
     """What the labelled models are, how they are used, and what is to be said of them."""
     sizes = " ".join(str(size) for size in spectra.sizes.unique().tolist())
+    models, sets = counted(len(spectra.names), "model"), counted(spectra.count, "micro-dataset")
     kind = kind_of_model({voter.layer: spectra.shapes[voter.layer] for voter in spectra.voters})
     method = "" if spectra.method == "LoRA" else f"{spectra.method}, "
-    return [
-        f"{subset}: {counted(len(spectra.names), 'model')}, {counted(spectra.count, 'micro-dataset')}, sizes {sizes}",
-        f"{kind}; {method}matrices {' '.join(spectra.kinds)}, so {counted(len(spectra.voters), 'voter')}",
-        how,
-        *(f"note: {note}" for note in spectra.notes),
-    ]
+    voters = f"{kind}; {method}matrices {' '.join(spectra.kinds)}, so {counted(len(spectra.voters), 'voter')}"
+    return [f"{subset}: {models}, {sets}, sizes {sizes}", voters, how, *(f"note: {note}" for note in spectra.notes)]
 
 
-def csv_text(heads: Sequence[str], rows: list[dict[str, Any]]) -> str:
-    """Some of what rows hold as CSV: numbers with four digits, blank where there is nothing."""
+def csv_text(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """CSV: numbers with four digits, blank where there is nothing; of longer rows, their beginning."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, heads, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
     for row in rows:
-        cells = {name: f"{cell:.4f}" if isinstance(cell, float) else cell for name, cell in row.items()}
-        writer.writerow({name: "; ".join(cell) if isinstance(cell, list) else cell for name, cell in cells.items()})
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row[: len(heads)]]
+        writer.writerow(["; ".join(cell) if isinstance(cell, list) else cell for cell in cells])
     return text.getvalue()
-
-
-PREDICTIONS = ("experiment", "name", "size", "predicted", "vote_share")
-ESTIMATES = ("file", "status", "estimate", "share", "confidence_set", "would_be", "recipe_p", "stated_size", "notes")
-
-
-def prediction_rows(spectra: Spectra, runs: list[Split], found: dict[str, list[Prediction]]) -> list[dict[str, Any]]:
-    """For predictions.csv: a row for each test model of each experiment and predictor."""
-    rows = []
-    for predictor, predictions in found.items():
-        for number, (run, its) in enumerate(zip(runs, predictions, strict=True), start=1):
-            shares = its.shares.amax(-1).tolist()
-            for model, predicted, share in zip(run.test.tolist(), its.sizes.tolist(), shares, strict=True):
-                cells = (number, spectra.names[model], int(spectra.sizes[model]), predicted, share, predictor)
-                rows.append(dict(zip((*PREDICTIONS, "predictor"), cells, strict=True)))
-    return rows
 
 
 def estimate_row(estimate: Estimate, predictor: str) -> dict[str, Any]:
@@ -2673,35 +2305,24 @@ def estimate_row(estimate: Estimate, predictor: str) -> dict[str, Any]:
 def estimate_lines(estimate: Estimate, predictor: str, confidence: float, said: Iterable[str]) -> list[str]:
     """What is printed of one file, what the reader has to know first in the first line; `said` notes are left out."""
     its, interval = counted(estimate.answer, "image"), predictor == "log-regression"
+    title, *lines = estimate.first or [its]
     if estimate.status == "ok":
-        title, lines = its, []
         link, what = (" to ", "interval") if interval else (" or ", "set")
         members = link.join(map(str, dict.fromkeys(estimate.confidence_set)))
         if members or estimate.recipe_p is not None:
             title += f"; {100 * confidence:.6g} % {what}: {members or 'none, as it is like no labelled size'}"
-        shares = sorted(estimate.shares.items(), key=lambda share: -share[1])
-        weights = ", ".join(f"{size}: {100 * share:.0f} %" for size, share in shares if share >= 0.005)
         if not interval:
+            shares = sorted(estimate.shares.items(), key=lambda share: -share[1])
+            weights = ", ".join(f"{size}: {100 * share:.0f} %" for size, share in shares if share >= 0.005)
             lines.append(f"{predictor} weighs {weights}" if predictor.startswith("log-") else f"votes for {weights}")
         if estimate.told and not interval:
-            told = counted(estimate.told, "left-out model")
-            lines.append(f"of {told} told {its}, {estimate.right} had that size")
-    else:
-        title, *lines = estimate.first
-        lines += [f"judged all the same, it is told {its}, which is no estimate"] if estimate.answer else []
+            lines.append(f"of {counted(estimate.told, 'left-out model')} told {its}, {estimate.right} had that size")
+    elif estimate.answer:
+        lines.append(f"judged all the same, it is told {its}, which is no estimate")
     lines += [f"nearest labelled recipe: {shown(estimate.recipe)}"] if estimate.recipe else []
     lines += [f"the file itself states {counted(estimate.stated_size, 'image')}"] if estimate.stated_size else []
     lines += [f"note: {note}" for note in estimate.notes if note not in said]
     return ["", f"{estimate.file}: {title}", *(f"  {line}" for line in lines)]
-
-
-def shared_notes(found: list[Estimate]) -> dict[str, str]:
-    """Notes that most of several files have, each with the line that says it of all of them."""
-    lines = {}
-    for note, count in Counter(note for one in found for note in one.notes).items():
-        if count > 1 and 2 * count > len(found):
-            lines[note] = f"note on {count} of {len(found)} files: {note}"
-    return lines
 
 
 def write_files(output: Path, table: str, text: str, settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -2713,8 +2334,9 @@ def write_files(output: Path, table: str, text: str, settings: dict[str, Any], f
     return ["", f"wrote {output / table}", f"wrote {output / 'report.json'}"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures: the paper's Figures 2 to 6
+ESTIMATES = ("file", "status", "estimate", "share", "confidence_set", "would_be", "recipe_p", "stated_size", "notes")
+PICTURED = 20  # files at most in a picture
+Judged = tuple[Estimate, Spectra, Spectra]  # of a file: its estimate, its spectra, the labelled models on its voters
 
 
 def draw(output: Path, figures: dict[str, Callable[[Any], Any]]) -> list[str]:
@@ -2723,31 +2345,25 @@ def draw(output: Path, figures: dict[str, Callable[[Any], Any]]) -> list[str]:
     import matplotlib.pyplot as plt
 
     style: dict[Any, Any] = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 11}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    paths = {output / f"{name}.png": figure_of for name, figure_of in figures.items()}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10}
+    style |= {"text.parse_math": False}  # a $ in a name is a dollar
     with plt.rc_context(style):
-        for path, figure_of in paths.items():
+        for name, figure_of in figures.items():
             image, figure = io.BytesIO(), figure_of(plt)
             figure.savefig(image, format="png", metadata={"Software": None})
             plt.close(figure)
-            write_whole(path, image.getvalue())
-    return [f"wrote {path}" for path in paths]
+            write_whole(output / f"{name}.png", image.getvalue())
+    return [f"wrote {output / name}.png" for name in figures]
 
 
 def confusion_figure(plt: Any, true: Tensor, predicted: Tensor, title: str) -> Any:
     """The sizes that models of each size were told, or those nearest to them, in percent (Figures 4 and 6)."""
-    sizes = true.unique()
-    nearest_ones = nearest_size(predicted, sizes)
-    table = torch.stack([100 * (nearest_ones[true == size, None] == sizes).double().mean(0) for size in sizes]).numpy()
+    from sklearn.metrics import ConfusionMatrixDisplay
+
     figure, axes = plt.subplots(figsize=(6, 5))
-    image = axes.imshow(table, cmap="cividis", vmin=0, vmax=100)
-    for (y, x), value in np.ndenumerate(table):
-        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="black" if value > 60 else "white")
-    axes.set_xticks(range(len(sizes)), sizes.tolist())
-    axes.set_yticks(range(len(sizes)), sizes.tolist())
-    axes.set(xlabel="predicted dataset size (images)", ylabel="true dataset size (images)", title=title)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="models of the true size (%)", shrink=0.85)
+    how: Any = {"normalize": "true", "values_format": ".0%", "cmap": "cividis", "colorbar": False, "ax": axes}
+    ConfusionMatrixDisplay.from_predictions(true.numpy(), nearest_size(predicted, true.unique()).numpy(), **how)
+    axes.set(xlabel="predicted size (images), % of models of the true size", ylabel="true size (images)", title=title)
     return figure
 
 
@@ -2757,89 +2373,67 @@ def spectra_figure(plt: Any, spectra: Spectra) -> Any:
     spectra = spectra.of_matrices([matrix])
     masks = {size: spectra.sizes == size for size in spectra.sizes.unique().tolist()}
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(masks)))  # its lightest end fades on white
-    indices = range(1, spectra.values.shape[-1] + 1)
-    figure, ((left, right), (below, last)) = plt.subplots(2, 2, figsize=(9, 7.5))
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7.5))
     norms = torch.linalg.vector_norm(spectra.values, dim=-1).mean(0)
-    boxes = left.boxplot([norms[mask].numpy() for mask in masks.values()], showfliers=False, patch_artist=True)
-    for box, median, colour in zip(boxes["boxes"], boxes["medians"], colours, strict=True):
-        box.set(facecolor=colour, alpha=0.7)
-        median.set(color="black")
-    left.set_xticks(range(1, len(masks) + 1), [*masks])
-    left.set(xlabel="dataset size (images)", ylabel=f"Frobenius norm of {matrix}")
-    left.set_title("mean over layers", fontsize=9)
-    down = [voter for voter in spectra.voters if voter.layer.startswith("down")] or spectra.voters
-    up = [voter for voter in spectra.voters if voter.layer.startswith("up")] or spectra.voters
-    for axis, voters, title in (
-        (right, spectra.voters, "mean over layers"),
-        (below, down[:1], f"first down-block layer\n{down[0].layer}"),
-        (last, up[-1:], f"last up-block layer\n{up[-1].layer}"),
-    ):
-        values = spectra.of_voters(voters).values.mean(0)
+    axes[0, 0].boxplot([norms[mask].numpy() for mask in masks.values()], showfliers=False)
+    axes[0, 0].set_xticks(range(1, len(masks) + 1), [*masks])
+    axes[0, 0].set(xlabel="dataset size (images)", ylabel=f"Frobenius norm of {matrix}", title="mean over layers")
+    panels = {"mean over layers": spectra.values.mean(0)}
+    for title, block, place in (("first down-block layer", "down", 0), ("last up-block layer", "up", -1)):
+        rows = [row for row, voter in enumerate(spectra.voters) if voter.layer.startswith(block)] or [place]
+        panels[f"{title}\n{spectra.voters[rows[place]].layer}"] = spectra.values[rows[place]]
+    for axis, (title, values) in zip(axes.flat[1:], panels.items(), strict=True):
+        indices = range(1, values.shape[-1] + 1)
         for (size, mask), colour in zip(masks.items(), colours, strict=True):
             mean, spread = values[mask].mean(0), values[mask].std(0, correction=0)
             axis.plot(indices, mean, color=colour, marker="o", markersize=4, label=size)
             axis.fill_between(indices, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-        axis.set_title(title.replace("_transformer", "\ntransformer"), fontsize=9)
         axis.set(xlabel="index of the singular value", ylabel=f"singular value of {matrix}, mean ± std")
-        axis.set_xticks(indices[:: max(1, len(indices) // 8)])
-    right.legend(title="images")
+        axis.set(title=title.replace("_transformer", "\ntransformer"), xticks=indices[:: max(1, len(indices) // 8)])
+    axes[0, 1].legend(title="images")
     return figure
 
 
 def training_figure(plt: Any, growth: dict[str, list[Metrics]], title: str) -> Any:
     """Accuracy and MAE by the number of training micro-datasets (Figure 5)."""
-    counts = [int(count) for count in growth]
-    summaries = [mean_and_std(experiments) for experiments in growth.values()]
+    counts, summaries = [int(count) for count in growth], [mean_and_std(its) for its in growth.values()]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for axis, metric, label in zip(axes, ("accuracy", "mae"), ("accuracy (%)", "MAE (images)"), strict=True):
         means, stds = zip(*(summary[metric] for summary in summaries), strict=True)
         axis.errorbar(counts, means, stds, color="#0072b2", marker="o", capsize=3)
-        axis.set(xlabel="training micro-datasets", ylabel=label)
-        axis.set_xticks(counts)
-    figure.suptitle(title, fontsize=11)
+        axis.set(xlabel="training micro-datasets", ylabel=label, xticks=counts)
+    figure.suptitle(f"{title} (bars: std over experiments)", fontsize=11)
     return figure
 
 
-PICTURED = 20  # files at most in a picture
-Judged = list[tuple[Estimate, Spectra]]  # files' estimates, and their spectra on the voters that they share
-
-
-def estimates_figure(plt: Any, fitted: Spectra, judged: Judged, interval: bool) -> Any:
+def estimates_figure(plt: Any, judged: list[Judged], predictor: str) -> Any:
     """For each file the norms of its matrices, as lines over those of the labelled models by size, its set shaded."""
-    width, sizes = len(fitted.kinds), fitted.sizes.unique().tolist()
-    figure, axes = plt.subplots(len(judged), width, figsize=(3.2 * width, 2.8 * len(judged)), squeeze=False)
-    for line, (estimate, file) in zip(axes, judged, strict=True):
-        ok = estimate.status == "ok"
-        held: Sequence[int] = estimate.confidence_set if ok else []
-        held = range(held[0], held[-1] + 1) if interval and held else held
-        for axis, (matrix, voters) in zip(line, file.kinds.items(), strict=False):
-            known, its = (log_norms(side)[:, voters].mean(1).exp() for side in (voting_as(file, fitted), file))
-            draw_norms(plt, axis, fitted, known, float(its))
+    width = max(len(file.kinds) for _, file, _ in judged)
+    figure = plt.figure(figsize=(3.2 * width, 2.8 * len(judged)))
+    for line, (estimate, file, labelled) in enumerate(judged):
+        sizes, recipes = labelled.sizes.unique(), sorted({*labelled.recipes}) or ["labelled models"]
+        places = torch.searchsorted(sizes, labelled.sizes) + 0.6 * (labelled.of_recipe + 0.5) / len(recipes) - 0.3
+        held: Sequence[int] = estimate.confidence_set if estimate.status == "ok" else []
+        if held and predictor == "log-regression":
+            held = range(held[0], held[-1] + 1)
+        for column, (matrix, voters) in enumerate(file.kinds.items(), start=1):
+            axis = figure.add_subplot(len(judged), width, line * width + column)
+            if column == 1:
+                what = counted(estimate.answer, "image") if estimate.status == "ok" else estimate.status
+                axis.set_title(f"{shown(Path(estimate.file).name)}: {what}", loc="left")
+            known, its = (log_norms(side)[:, voters].mean(1).exp() for side in (labelled, file))
+            points = axis.scatter(places, known, s=6, c=labelled.of_recipe, vmin=0, vmax=len(recipes))
+            edge = min(float(its), 3 * float(known.max()))  # a norm far above is drawn there, with its number
+            its_line = axis.hlines(edge, -0.5, len(sizes) - 0.5, color="black", linewidth=1)
+            axis.text(0, edge, f"{float(its):.2g}" if edge < its else "", va="top", fontsize=8)
+            axis.set_xticks(range(len(sizes)), sizes.tolist())
             axis.set(xlabel="dataset size (images)", ylabel=f"norm of {matrix}")
-            for place in [sizes.index(size) for size in sizes if size in held]:
+            for place in [place for place, size in enumerate(sizes.tolist()) if size in held]:
                 axis.axvspan(place - 0.5, place + 0.5, color="#d55e00", alpha=0.15, linewidth=0)
-        for axis in line[len(file.kinds) :]:
-            axis.set_axis_off()
-        what = counted(estimate.answer, "image") if ok else estimate.status
-        line[0].set_title(f"{shown(Path(estimate.file).name)}: {what}", loc="left", fontsize=10)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    handles = [*points.legend_elements(num=None)[0], its_line]
+    figure.legend(handles, [*recipes, "the file"], loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle("Frobenius norms, geometric mean over layers; shaded: the set of sizes", fontsize=10)
     return figure
-
-
-def draw_norms(plt: Any, axis: Any, fitted: Spectra, known: Tensor, norm: float) -> None:
-    """Norms of labelled models [models], points by size and recipe, and a file's, a line: at the edge if far above."""
-    sizes, recipes = fitted.sizes.unique(), sorted(set(fitted.recipes)) or [""]
-    places = torch.searchsorted(sizes, fitted.sizes)
-    for number, recipe in enumerate(recipes):
-        chosen, shift = fitted.of_recipe == number, 0.6 * (number + 0.5) / len(recipes) - 0.3
-        colour = plt.get_cmap("viridis")(0.9 * number / len(recipes))
-        axis.scatter(places[chosen] + shift, known[chosen], s=6, color=colour, label=recipe or "labelled models")
-    edge = min(norm, 3 * float(known.max()))
-    axis.hlines(edge, -0.5, len(sizes) - 0.5, color="black", linewidth=1, label="the file")
-    if edge < norm:
-        axis.text(0, edge, f"{norm:.2g}", va="top", fontsize=8)
-    axis.set_xticks(range(len(sizes)), sizes.tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2847,9 +2441,8 @@ def draw_norms(plt: Any, axis: Any, fitted: Spectra, known: Tensor, norm: float)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with an error like every other one."""
-
     def error(self, message: str) -> Any:
+        """One line, as of every other error."""
         raise DsireError(f"{message} (see --help)")
 
 
@@ -2860,57 +2453,37 @@ def path_of(text: str) -> Path:
 def command_line() -> argparse.ArgumentParser:
     """The options, in groups."""
     protocol, about = Protocol(), str(__doc__).partition("The script reads")[0]
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser = OneLineParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("data: the labelled models").add_argument
     add("--subset", metavar="NAME", help=f"a config of the dataset, such as low_32 ({SHIPPED_SUBSET}, which ships)")
     where = "a Hub repository, a folder like it, a folder of LoRA files with metadata.csv, or a file of spectra"
     add("--dataset", metavar="WHERE", help=f"{where} ({LORA_WISE})")
     add("--revision", metavar="COMMIT", help="branch, tag or commit of the Hub dataset")
-    rank = f"of the LoRAs (the one in the subset's name), or how many values are kept of a change ({LARGEST})"
-    add("--rank", type=int, metavar="N", help=rank)
+    add("--rank", **number, help=f"of the LoRAs (the one in the subset's name), or values kept of a change ({LARGEST})")
     add("--base", metavar="WHERE", help="what full fine-tunes began as: a file, folder or Hub repository")
     add("--cache_dir", type=path_of, default=CACHE, metavar="DIR", help="for downloads and spectra (%(default)s)")
     add("--keep_shards", action="store_true", help="keep downloads after their spectra are computed")
     add("--device", metavar="NAME", help="cuda or cpu (cuda, if there is one)")
     add = parser.add_argument_group("protocol: how the labelled models are evaluated").add_argument
-    add("--experiments", type=int, default=protocol.experiments, metavar="N", help="how many (%(default)s)")
-    train_size = "micro-datasets to train on (15, or three quarters of fewer than 20)"
-    add("--train_size", type=int, metavar="N", help=train_size)
-    add("--seed", type=int, default=protocol.seed, metavar="N", help="of the experiments' splits (%(default)s)")
+    add("--experiments", **number, default=protocol.experiments, help="how many (%(default)s)")
+    add("--train_size", **number, help="micro-datasets to train on (15, or three quarters of fewer than 20)")
+    add("--seed", **number, default=protocol.seed, help="of the experiments' splits (%(default)s)")
     add("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="which ones vote (all)")
-    kinds = f"one of {', '.join(PREDICTORS)} (dsire, or log-ridge with --predict)"
-    add("--predictor", choices=PREDICTORS, metavar="NAME", help=kinds)
+    add("--predictor", choices=PREDICTORS, metavar="NAME", help=f"{', '.join(PREDICTORS)} (dsire; predict: log-ridge)")
     add("--compare", action="store_true", help="all predictors and matrices; by size, training micro-datasets, recipe")
     add = parser.add_argument_group("prediction, instead of an evaluation").add_argument
     add("--predict", nargs="+", metavar="LORA", help="estimate for files, folders, user/name or user/name:file")
-    add("--confidence", type=float, metavar="P", help="of the set of sizes beside an estimate (0.9)")
+    add("--confidence", type=float, default=0.9, metavar="P", help="of the sets of sizes (%(default)s)")
     add = parser.add_argument_group("output").add_argument
     add("--output", type=path_of, metavar="DIR", help="for report.json, and predictions.csv or estimates.csv")
-    plots = "draw the paper's figures, or with --predict the files among the labelled models, into --output"
-    add("--plots", action="store_true", help=plots)
+    add("--plots", action="store_true", help="draw the paper's figures, or --predict's files, into --output")
     add("--save_spectra", type=path_of, metavar="FILE", help="write the labelled models' spectra, for --dataset FILE")
     return parser
 
 
-def choose_device(name: str | None) -> str:
-    """The device to compute spectra on, ready for threads: the one that is named, or this process's GPU, or the CPU."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus and name in (None, "cuda"):
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % gpus}"
-    name = name or "cpu"
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", name):
-        raise DsireError(f"--device={shown(name)}: it can be cuda or cpu")
-    with asking(f"--device={name} can't be used here", "try --device=cpu"):
-        warm_up(name)
-    return name
-
-
 def warm_up(device: str) -> None:
-    """Call each routine that spectra need once, before threads do.
-
-    PyTorch loads its linear algebra for CUDA at the first call that needs it, which is not safe from several threads at
-    once: it fails in all but one ("lazy wrapper should be called at most once").
-    """
+    """Call what threads will call: PyTorch loads routines for CUDA at their first call, which fails in a thread."""
     layers = torch.eye(2, dtype=torch.float64, device=device).repeat(2, 1, 1)
     lora_spectra(layers, layers)  # Cholesky and eigenvalues
     qr_spectra(layers, layers)  # QR and singular values
@@ -2918,23 +2491,23 @@ def warm_up(device: str) -> None:
 
 def settle(arguments: argparse.Namespace) -> list[str]:
     """Fill in what the arguments leave open, and refuse what can't be done; notes of what is to be said."""
-    for name in ("rank", "experiments", "train_size"):
-        number = getattr(arguments, name)
-        if number is not None and not 0 < number < 2**53:
+    for name, number in vars(arguments).items():
+        if name in ("rank", "experiments", "train_size") and number is not None and not 0 < number < 2**53:
             raise DsireError(f"--{name}: '{number}' is not a whole number from 1 up")
-    if arguments.confidence is not None and not 0 < arguments.confidence < 1:
+    if not 0 < arguments.confidence < 1:
         raise DsireError(f"--confidence: '{arguments.confidence}' is not between 0 and 1")
-    if arguments.confidence and not arguments.predict:
+    if arguments.confidence != 0.9 and not arguments.predict:
         raise DsireError("--confidence is about the sets of sizes that --predict names: leave it out")
     if arguments.predict and arguments.compare:
         raise DsireError("--compare is about the labelled models: leave it out with --predict")
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
+    if arguments.save_spectra and arguments.save_spectra.suffix != SAFE_ENDINGS[0]:
+        raise DsireError(f"--save_spectra needs a name that ends in {SAFE_ENDINGS[0]}")
     for folder in (arguments.output, arguments.save_spectra and arguments.save_spectra.parent):
         if folder:  # what stands in the way is said before anything is computed
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-    arguments.confidence = arguments.confidence or 0.9
     arguments.predictor = arguments.predictor or ("log-ridge" if arguments.predict else "dsire")
     if arguments.dataset is not None:
         return []
@@ -2948,36 +2521,42 @@ def settle(arguments: argparse.Namespace) -> list[str]:
 
 def labelled_models(arguments: argparse.Namespace, base: Weights | None) -> tuple[Spectra, dict[str, Any]]:
     """The labelled models on the matrices that vote, with notes of all that led to them; and the settings that did."""
-    cache, arguments.device = arguments.cache_dir, choose_device(arguments.device)
+    cache, gpus = arguments.cache_dir, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and arguments.device in (None, "cuda"):
+        arguments.device = f"cuda:{torchrun('LOCAL_RANK', 0) % gpus}"
+    arguments.device = arguments.device or "cpu"
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", arguments.device):
+        raise DsireError(f"--device={shown(arguments.device)}: it can be cuda or cpu")
+    with asking(f"--device={arguments.device} can't be used here", "try --device=cpu"):
+        warm_up(arguments.device)
     source = find_source(arguments.dataset, arguments.subset, arguments.revision, cache, base)
     rank, about_rank = rank_of(source, arguments.rank)
     spectra = subset_spectra(source, rank, cache, arguments.device, arguments.keep_shards, base)
     width, there = spectra.values.shape[-1], " ".join(spectra.kinds)
-    if arguments.rank and arguments.rank != width and "A" in spectra.kinds:
+    if arguments.rank not in (None, width) and "A" in spectra.kinds:
         raise DsireError(f"--rank={arguments.rank} does not fit: the LoRAs have rank {width}")
     if arguments.save_spectra and not process_rank():
-        of = source.dataset if source.commit else Path(source.dataset).name
-        about = {"dataset": of, "subset": source.subset, "commit": source.commit}
+        name = source.dataset if source.commit else Path(source.dataset).name
+        about = {"dataset": name, "subset": source.subset, "commit": source.commit}
         write_spectra(arguments.save_spectra, spectra, about, torch.float32)
         say(f"wrote {arguments.save_spectra}")
     notes = about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
-    if base and spectra.method == "LoRA" and not arguments.predict:
-        notes.append(BASE_IS_NOT_USED)
     spectra = replace(spectra.of_matrices(arguments.matrices), notes=notes)
     if not spectra.voters:
         raise DsireError(f"--matrices {' '.join(arguments.matrices)}: of a {spectra.method} there is only {there}")
-    arguments.train_size = arguments.train_size or default_train_size(spectra.count)
+    arguments.train_size = arguments.train_size or min(Protocol().train_size, max(1, 3 * spectra.count // 4))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     return spectra, settings | asdict(source) | {"rank": width}
 
 
-def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, Any]) -> list[str]:
-    """Evaluate, compare and draw what the arguments ask for; what is to be printed."""
-    name = arguments.predictor
+def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, Any], lines: list[str]) -> None:
+    """Evaluate, compare and draw what the arguments ask for; what is to be printed is added to the lines."""
+    name, subset = arguments.predictor, settings["subset"]
     protocol = Protocol(arguments.experiments, arguments.train_size, arguments.seed)
-    runs, subset = splits(spectra.micro_datasets, protocol), settings["subset"]
-    as_there = len(set(arguments.matrices)) == 3 and protocol.train_size == 15
-    paper = {row: values for (of, row), values in PAPER.items() if of == subset and as_there}
+    runs = splits(spectra.micro_datasets, protocol)
+    as_there = (len({*arguments.matrices}), *protocol) == (3, *Protocol())
+    same = as_there and "lora-wise" in settings["dataset"].lower()
+    paper = {row: values for (of, row), values in PAPER.items() if of == subset and same}
     if arguments.compare:
         tables, found = compare(spectra, protocol, paper)
     else:
@@ -2988,106 +2567,91 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
         spectra.notes.append(f"only {different} of the {len(runs)} experiments are different ones")
     to_train = f"{counted(protocol.train_size, 'micro-dataset')} to train"
     how = f"{counted(len(runs), 'experiment')}: {to_train}, {spectra.count - protocol.train_size} to test"
-    lines = about_models(spectra, subset, how) + [line for table in tables for line in table.lines()]
+    lines += about_models(spectra, subset, how) + [line for table in tables for line in table.lines()]
     if arguments.output:
-        text = csv_text((*PREDICTIONS, "predictor")[: 5 + arguments.compare], prediction_rows(spectra, runs, found))
+        heads = ("experiment", "name", "size", "predicted", "vote_share", "predictor")[: 5 + arguments.compare]
         experiments = [its._asdict() for its in judge(spectra, runs, found[name])]
         details = {"notes": spectra.notes, "experiments": experiments, "tables": [table._asdict() for table in tables]}
+        rows: list[list[Any]] = []  # for each test model of each experiment and predictor
+        for predictor, predictions in found.items():
+            for number, (run, its) in enumerate(zip(runs, predictions, strict=True), start=1):
+                told = zip(run.test.tolist(), its.sizes.tolist(), its.shares.amax(-1).tolist(), strict=True)
+                for model, size, share in told:
+                    rows.append([number, spectra.names[model], int(spectra.sizes[model]), size, share, predictor])
+        text = csv_text(heads, rows)
         lines += write_files(arguments.output, "predictions.csv", text, settings, details)
     if arguments.plots:
         title = f"{name} on {subset}, {len(spectra.names)} models"
-        growth = by_train_size(spectra, PREDICTORS[name], protocol)
         true = spectra.sizes[torch.cat([run.test for run in runs])]
         predicted = torch.cat([its.sizes for its in found[name]])
         figures: dict[str, Callable[[Any], Any]] = {
             "confusion": lambda plt: confusion_figure(plt, true, predicted, title),
             "spectra": lambda plt: spectra_figure(plt, spectra),
-            "training": lambda plt: training_figure(plt, growth, f"{title} (bars: std over experiments)"),
+            "training": lambda plt: training_figure(plt, by_train_size(spectra, PREDICTORS[name], protocol), title),
         }
         lines += draw(arguments.output, figures)
-    return lines
 
 
-BASE_IS_NOT_USED = "--base is not used, as a plain LoRA needs none"
+Asked = dict[str, Path | str | Exception]  # name -> a file, or why it is left out, or why it is refused
 
 
-class Asked(NamedTuple):
-    """What --predict names, by the names that the user knows: files, and why others are left out or refused."""
-
-    files: dict[str, Path]
-    left_out: dict[str, str]
-    refused: dict[str, str]
-
-
-def files_asked(items: list[str], cache: Path, base: Weights | None) -> Asked:
-    asked = Asked({}, {}, {})
-    for item in items:
-        try:
-            files, left_out = files_to_predict(item, cache, base)
-            asked.files.update(files)
-            asked.left_out.update(left_out)
-        except DsireError as error:
-            asked.refused[item] = str(error)
-            complain(error)
-    return asked
-
-
-def voting_as(file: Spectra, fitted: Spectra) -> Spectra:
-    """The labelled models on a file's voters, with as many singular values."""
-    fitted = fitted.of_voters(file.voters)
-    return replace(fitted, values=of_rank(fitted.values, file.values.shape[-1]))
-
-
-def judged_files(asked: Asked, fitted: Spectra, arguments: argparse.Namespace, base: Weights | None) -> Judged:
+def judged_files(asked: Asked, fitted: Spectra, arguments: argparse.Namespace, base: Weights | None) -> list[Judged]:
     """Each file's estimate and spectra, in the order asked; those that can't be read or matched are refused."""
     from tqdm import tqdm
 
+    files = {name: path for name, path in asked.items() if isinstance(path, Path)}
     largest = max(LARGEST, fitted.values.shape[-1])
     alike: dict[tuple[Any, ...], list[Spectra]] = {}  # files with the same layers are judged together
-    for name, path in tqdm(asked.files.items(), desc="files", disable=None if len(asked.files) > 1 else True):
+    for name, path in tqdm(files.items(), desc="files", disable=None if len(files) > 1 else True):
         try:
-            file = file_spectra(path, base, largest, arguments.device)
-            notes = [*file.notes, BASE_IS_NOT_USED] if base and file.method == "LoRA" else file.notes
-            file = matched(replace(file, names=[name], notes=notes), fitted)
+            file = matched(replace(file_spectra(path, base, largest, arguments.device), names=[name]), fitted)
             alike.setdefault((file.values.shape[-1], *file.voters), []).append(file)
-        except DsireError as error:
-            asked.refused[name] = str(error)
-            complain(f"{name}: {error}")
-    judged: dict[str, tuple[Estimate, Spectra]] = {}
-    for files in alike.values():
-        its = estimates(voting_as(files[0], fitted), files, arguments.predictor, arguments.confidence)
-        judged |= {file.names[0]: (estimate, file) for estimate, file in zip(its, files, strict=True)}
-    return [judged[name] for name in asked.files if name in judged]
+        except (DsireError, OSError) as error:
+            asked[name] = error
+            say(f"dsire.py: error: {name}: {error}", file=sys.stderr)
+    judged: dict[str, Judged] = {}
+    for (rank, *voters), its in alike.items():
+        labelled = fitted.of_voters(voters)
+        labelled = replace(labelled, values=of_rank(labelled.values, rank))
+        found = estimates(labelled, its, arguments.predictor, arguments.confidence)
+        judged |= {one.file: (one, file, labelled) for one, file in zip(found, its, strict=True)}
+    return [judged[name] for name in files if name in judged]
 
 
 def predict(
-    arguments: argparse.Namespace, fitted: Spectra, settings: dict[str, Any], asked: Asked, base: Weights | None
-) -> list[str]:
-    """An estimate for each file that can be read, and what is to be said of the others; what is to be printed."""
-    name, output = arguments.predictor, arguments.output
-    judged = judged_files(asked, fitted, arguments, base)
-    for file, why in [*asked.left_out.items()][:1]:
-        fitted.notes.append(f"{counted(len(asked.left_out), 'file')} left out, such as {file}: {why}")
+    arguments: argparse.Namespace,
+    fitted: Spectra,
+    settings: dict[str, Any],
+    asked: Asked,
+    base: Weights | None,
+    lines: list[str],
+) -> None:
+    """An estimate for each file that can be read; it, and what is to be said of the others, is added to the lines."""
+    name, judged = arguments.predictor, judged_files(asked, fitted, arguments, base)
+    found = [estimate for estimate, *_ in judged]
+    left_out = [f"{file}: {why}" for file, why in asked.items() if isinstance(why, str)]
+    if left_out:
+        fitted.notes.append(f"{counted(len(left_out), 'file')} left out, such as {left_out[0]}")
     if arguments.plots and len(judged) > PICTURED:
         fitted.notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
-    fitted.notes.extend(what_can_be_supported(fitted.sizes, fitted.micro_datasets, arguments.confidence))
+    fitted.notes.extend(what_can_be_supported(fitted, arguments.confidence))
     how, good = f"predictor {name}", how_good(fitted, name)
     if good:
         how += f": of left-out labelled models it tells {good.accuracy:.0f} % right, MAE {good.mae:.2f} images"
-    found = [estimate for estimate, _ in judged]
-    shared = shared_notes(found)
-    lines = [*about_models(fitted, settings["subset"], how), *shared.values()]
+    counts = Counter(note for _, file, _ in judged for note in file.notes)
+    shared = {note: count for note, count in counts.items() if count > 1 and 2 * count > len(found)}
+    lines += about_models(fitted, settings["subset"], how)
+    lines += [f"note on {count} of {len(found)} files: {note}" for note, count in shared.items()]
     lines += [line for one in found for line in estimate_lines(one, name, arguments.confidence, shared)]
-    if output:
-        refused = {**asked.left_out, **asked.refused}
-        found += [Estimate(file, "refused", notes=[why]) for file, why in refused.items()]
+    if arguments.output:
+        reasons = {file: str(why) for file, why in asked.items() if not isinstance(why, Path)}
+        found += [Estimate(file, "refused", notes=[why]) for file, why in reasons.items()]
         rows = [estimate_row(estimate, name) for estimate in found]
+        text = csv_text(ESTIMATES, ([row[head] for head in ESTIMATES] for row in rows))
         details = {"notes": fitted.notes, "estimates": rows}
-        lines += write_files(output, "estimates.csv", csv_text(ESTIMATES, rows), settings, details)
+        lines += write_files(arguments.output, "estimates.csv", text, settings, details)
     if arguments.plots and judged:
-        interval, first = name == "log-regression", judged[:PICTURED]
-        lines += draw(output, {"estimates": lambda plt: estimates_figure(plt, fitted, first, interval)})
-    return lines
+        lines += draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, judged[:PICTURED], name)})
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -3095,20 +2659,28 @@ def run(arguments: argparse.Namespace) -> int:
     notes, is_first = settle(arguments), not process_rank()
     base = open_base_of(arguments.base, arguments.cache_dir) if arguments.base else None
     items = arguments.predict if arguments.predict and is_first else []
-    asked = files_asked(items, arguments.cache_dir, base)  # before a subset is fetched for nothing
-    if items and not asked.files:
+    asked: Asked = {}
+    for item in items:  # before a subset is fetched for nothing
+        try:
+            files, left_out = files_to_predict(item, arguments.cache_dir, base)
+            asked = {**left_out, **asked, **files}
+        except DsireError as error:
+            asked[item] = error
+            say(f"dsire.py: error: {error}", file=sys.stderr)
+    if items and not any(isinstance(its, Path) for its in asked.values()):
         return 2
     spectra, settings = labelled_models(arguments, base)
     spectra.notes[:0] = notes
-    if is_first:  # it reports; files are written before anything is printed, in case nobody reads it
-        lines = predict(arguments, spectra, settings, asked, base) if items else report(arguments, spectra, settings)
+    lines: list[str] = []
+    try:  # files are written before anything is printed, in case nobody reads it; what is found is printed in any case
+        if items:
+            predict(arguments, spectra, settings, asked, base, lines)
+        elif is_first:
+            report(arguments, spectra, settings, lines)
+    finally:
         say(*lines)
-        print(end="", flush=True)
-    return 2 if asked.refused else 0
-
-
-def complain(error: object) -> None:
-    say(f"dsire.py: error: {error}", file=sys.stderr)
+    print(end="", flush=True)
+    return 2 if any(isinstance(its, Exception) for its in asked.values()) else 0
 
 
 def main() -> int:
@@ -3127,7 +2699,8 @@ def main() -> int:
     except (DsireError, OSError, RecursionError, MemoryError) as error:
         if process_rank():
             return 0  # the first process meets the same, and says it
-        complain(error if isinstance(error, DsireError) else f"{shown(error)}; what was computed is kept")
+        text = error if isinstance(error, DsireError) else f"{shown(error)}; what was computed is kept"
+        say(f"dsire.py: error: {text}", file=sys.stderr)
         code = 2
     try:
         print(end="", flush=True)

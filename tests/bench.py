@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+from make_big_wise import LAYERS
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,6 @@ sys.path.insert(0, str(ROOT))
 
 import dsire  # noqa: E402
 
-LIBRARIES = ("torch", "numpy", "pyarrow", "datasets", "scikit-learn")
 TURNS = 5
 RUN_COMMAND = """
 import resource, sys
@@ -56,14 +56,16 @@ def make(folder: Path, rank: int, models: int, shards: int) -> Path:
     return place
 
 
-def shards_of(subset: Path) -> list[Path]:
-    return sorted(subset.rglob("*.parquet"))
-
-
 def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def fastest(*functions: Callable[[], object], turns: int = TURNS) -> list[float]:
+    """The shortest time of each in seconds; they take turns."""
+    times = [[seconds(function) for function in functions] for _ in range(turns)]
+    return [min(its) for its in zip(*times, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,15 +74,15 @@ def seconds(function: Callable[[], object]) -> float:
 
 def read_table(subset: Path, rank: int) -> None:
     """The floor: each table is read, and dropped before the next one."""
-    for path in shards_of(subset):
+    for path in sorted(subset.rglob("*.parquet")):
         pq.read_table(path)
 
 
 def spectra(subset: Path, rank: int) -> None:
     """What the command does from shards on disk to spectra in the cache."""
     with tempfile.TemporaryDirectory() as cache:
-        found = [dsire.Shard(str(path), path.stat().st_size, "bench") for path in shards_of(subset)]
-        dsire.subset_spectra(dsire.Source("bench", "bench", "", found), rank, Path(cache))
+        found = [dsire.Shard(str(path), path.stat().st_size, "bench") for path in sorted(subset.rglob("*.parquet"))]
+        dsire.subset_spectra(dsire.Source(str(subset), "bench", "", found, []), rank, Path(cache))
 
 
 def plain_flow(subset: Path, rank: int) -> None:
@@ -106,13 +108,11 @@ ALONE = {"read_table": read_table, "spectra": spectra, "plain_flow": plain_flow}
 
 def in_turns(names: list[str], subset: Path, rank: int, turns: int = TURNS) -> list[float]:
     """The shortest time of each of ALONE in seconds, each time in a new process."""
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times = []
     for _ in range(turns):
-        for name in names:
-            command = [sys.executable, __file__, "--alone", name, str(subset), str(rank)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            times[name].append(float(done.stdout))
-    return [min(times[name]) for name in names]
+        commands = [[sys.executable, __file__, "--alone", name, str(subset), str(rank)] for name in names]
+        times.append([float(subprocess.check_output(its, stderr=subprocess.DEVNULL)) for its in commands])
+    return [min(its) for its in zip(*times, strict=True)]
 
 
 def peak_memory(subset: Path, cores: int = 0) -> float:
@@ -180,11 +180,8 @@ def bench_spectra(folder: Path) -> None:
     ratio_row("`load_dataset`, pandas, `svd_lowrank` / ours, 12 models of rank 16", plain, ours, "≥ 8")
     times = [in_turns(["spectra"], make(folder, 16, 12 * n, n), 16)[0] for n in (1, 2, 4)]
     growth = ", ".join(f"{took:.2f} s" for took in times)
-    row(
-        "spectra of 12, 24, 48 models of rank 16",
-        f"{growth} = 1 : {times[1] / times[0]:.2f} : {times[2] / times[0]:.2f}",
-        "linear",
-    )
+    growth += f" = 1 : {times[1] / times[0]:.2f} : {times[2] / times[0]:.2f}"
+    row("spectra of 12, 24, 48 models of rank 16", growth, "linear")
     for models, count in ((24, 2), (96, 8)):
         peak = peak_memory(make(folder, 16, models, count))
         row(f"peak memory of the whole command, {count} shards of 300 MB", f"{peak:.2f} GB", "≤ 1.2 GB")
@@ -197,47 +194,34 @@ def bench_evaluation() -> None:
     runs = dsire.splits(spectra.micro_datasets, protocol)
     found = [its.sizes.tolist() for its in dsire.dsire(spectra, runs)]
     expected = neighbours(spectra, protocol)
-    ours, plain = [], []
-    for _ in range(TURNS):
-        ours.append(seconds(lambda: dsire.evaluate(spectra, dsire.dsire, protocol)))
-        plain.append(seconds(lambda: neighbours(spectra, protocol)))
-    row("ten experiments, 300 models × 384 voters × rank 32", f"{min(ours):.2f} s", "≤ 1 s")
-    ratio_row("the same with a `KNeighborsClassifier` per voter / ours", min(plain), min(ours), "≥ 10")
+    ours, plain = fastest(lambda: dsire.evaluate(spectra, dsire.dsire, protocol), lambda: neighbours(spectra, protocol))
+    row("ten experiments, 300 models × 384 voters × rank 32", f"{ours:.2f} s", "≤ 1 s")
+    ratio_row("the same with a `KNeighborsClassifier` per voter / ours", plain, ours, "≥ 10")
     equal = sum(x == y for one, other in zip(found, expected, strict=True) for x, y in zip(one, other, strict=True))
     row("predictions equal to those", f"{equal} of {sum(map(len, expected))}", "all")
     script = [sys.executable, __file__, "--big_evaluation"]
     big = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     row("one experiment, 3,000 models against 7,002 × 384 voters × rank 32", big, "≤ 4 GB")
     file = random_spectra(6, 32, seed=1).of_models(torch.tensor([0]))
-    took = min(seconds(lambda: dsire.estimates(spectra, [file], "log-ridge", 0.9)) for _ in range(TURNS))
+    (took,) = fastest(lambda: dsire.estimates(spectra, [file], "log-ridge", 0.9))
     what = "`--predict` of one file, log-ridge, 300 models × 384 voters × rank 32, from spectra in memory"
     row(what, f"{took:.2f} s", "≤ 3 s")
 
 
 def bench_full_fine_tune(folder: Path) -> None:
     """The 128 attention matrices of SD 1.5, random, and the same with a small random change."""
-    widths = [*[320] * 5, *[640] * 5, *[1280] * 6]  # of its transformer blocks
-    shapes = {}
-    for number, width in enumerate(widths):
-        for attention, text in (("attn1", width), ("attn2", 768)):
-            inputs = {"to_q": width, "to_k": text, "to_v": text, "to_out.0": width}
-            shapes |= {f"down_blocks.{number}.{attention}.{name}.weight": (width, its) for name, its in inputs.items()}
     base, file = folder / "base.safetensors", folder / "full.safetensors"
     draw = torch.Generator().manual_seed(0)
-    weights = {key: 0.05 * torch.randn(shape, generator=draw) for key, shape in shapes.items()}
+    weights = {f"{layer}.weight": 0.05 * torch.randn(*shape, generator=draw) for layer, *shape in LAYERS}
     save_file(weights, base)
     save_file({key: old + 1e-3 * torch.randn(old.shape, generator=draw) for key, old in weights.items()}, file)
-
-    def ours() -> None:
-        dsire.file_spectra(file, dsire.open_base(base))
 
     def plain() -> None:
         new, old = load_file(file), load_file(base)
         for key, tensor in new.items():
             torch.linalg.svdvals(tensor.double() - old[key].double())
 
-    times = [(seconds(ours), seconds(plain)) for _ in range(2)]
-    one, other = (min(its) for its in zip(*times, strict=True))
+    one, other = fastest(lambda: dsire.file_spectra(file, dsire.open_base(base)), plain, turns=2)
     what = "a full fine-tune of SD 1.5's 128 attention matrices / `svdvals` of each change"
     ratio_row(what, one, other, "< 1")
 
@@ -248,16 +232,14 @@ def bench_start() -> None:
         whole = [sys.executable, str(ROOT / "dsire.py"), "--cache_dir", cache]
         only_torch = [sys.executable, "-c", "import torch"]
         subprocess.run(whole, **quiet)
-        runs = [
-            [seconds(lambda c=command: subprocess.run(c, **quiet)) for command in (whole, only_torch)]
-            for _ in range(TURNS)
-        ]
-    one, other = (min(times) for times in zip(*runs, strict=True))
+        one, other = fastest(lambda: subprocess.run(whole, **quiet), lambda: subprocess.run(only_torch, **quiet))
     ratio_row("`python dsire.py` on cached spectra / `python -c 'import torch'`", one, other, "≤ 1.5")
 
 
 def bench(folder: Path) -> None:
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    libraries = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "numpy", "pyarrow", "datasets", "scikit-learn")
+    )
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {libraries}\n")
     row("measured", "value", "goal")
     row("---", "---", "---")
@@ -278,11 +260,9 @@ def main() -> None:
         print(seconds(lambda: ALONE[what](Path(subset), int(rank))))
     elif arguments.big_evaluation:
         big_evaluation()
-    elif arguments.folder:
-        bench(arguments.folder)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            bench(Path(folder))
+            bench(arguments.folder or Path(folder))
 
 
 if __name__ == "__main__":

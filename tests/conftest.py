@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ os.environ.update(ENVIRONMENT)
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 import dsire  # noqa: E402
 
@@ -45,6 +48,7 @@ settings.load_profile("same every time")
 Model = tuple[Any, int]  # name and size
 LAYERS = ("unet.down_blocks.0.attn1.to_q", "unet.mid_block.attn2.to_k", "unet.up_blocks.1.attn1.to_out.0")
 RANK = 4
+BOMB = "a0: &a0 [x,x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
 
 
 def models_of(micro_datasets: int, sizes: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[Model]:
@@ -97,8 +101,26 @@ def write_folder(folder: Path, shards: Sequence[pa.Table], subset: str = "low_4"
     return folder
 
 
+def write_three(folder: Path) -> Path:
+    """20 micro-datasets of 6 sizes in three shards, made by a formula."""
+    models = models_of(20)
+    return write_folder(folder, [table_of(models[start : start + 40]) for start in (0, 40, 80)])
+
+
 def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.parquet"))
+
+
+def write_labelled(folder: Path, names: str = "abc", sizes: Sequence[int] = (10, 20, 30)) -> Path:
+    """A LoRA file a10.safetensors for each name and size, with metadata.csv."""
+    rows = ["file_name,label,name"]
+    folder.mkdir()
+    for name, size in itertools.product(names, sizes):
+        weights = {key: torch.from_numpy(matrix) for key, matrix in weights_of((name, size)).items()}
+        save_file(weights, folder / f"{name}{size}.safetensors")
+        rows.append(f"{name}{size}.safetensors,{size},{name}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -121,9 +143,7 @@ def split_of(train: Iterable[int], test: Iterable[int]) -> dsire.Split:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """20 micro-datasets of 6 sizes in three shards, made by a formula."""
-    models = models_of(20)
-    return write_folder(tmp_path / "wise", [table_of(models[start : start + 40]) for start in (0, 40, 80)])
+    return write_three(tmp_path / "wise")
 
 
 @dataclass
@@ -137,8 +157,7 @@ class Outcome:
 
     def __post_init__(self) -> None:
         """What is written is read at once: another run may write to the same folder."""
-        written = [*self.output.glob("*.json"), *self.output.glob("*.csv")]
-        self.written = {file.name: file.read_text() for file in written}
+        self.written = {file.name: file.read_text() for file in self.output.glob("*.[jc]s*")}
 
     @property
     def report(self) -> dict[str, Any]:
@@ -151,11 +170,8 @@ class Outcome:
     def says(self, *parts: str) -> bool:
         """Ended with an error of one line that contains these parts."""
         assert self.code == 2, self.err
-        assert self.err.startswith("dsire.py: error: "), self.err
-        assert self.err.count("\n") == 1, self.err
-        assert self.err.endswith("\n")
-        missing = [part for part in parts if part not in self.err]
-        assert not missing, f"{missing} not in: {self.err}"
+        assert re.fullmatch(r"dsire\.py: error: .*\n", self.err), self.err
+        assert not [part for part in parts if part not in self.err], self.err
         return True
 
 
@@ -190,38 +206,39 @@ def run_anew(tmp_path: Path) -> Run:
     """Run the command in a new process, with the same cache as `run`."""
 
     def run_command(*arguments: Any, **environment: str) -> Outcome:
-        done = subprocess.run(
-            command(tmp_path, *arguments),
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        options: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | environment, "timeout": 120}
+        done = subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, **options)
         return Outcome(done.returncode, done.stdout, done.stderr, tmp_path / "output")
 
     return run_command
 
 
+def wait_for_downloads(seconds: float) -> None:
+    """A run that ended with an error may still be fetching a shard ahead: it ends before the next test starts."""
+    for thread in threading.enumerate():
+        if thread.name.endswith("(work)"):  # dsire.in_background
+            thread.join(seconds)
+
+
 @pytest.fixture
 def hub(folder: Path) -> Iterator[HubStandIn]:
-    """The stand-in Hub, with `folder` as the dataset LoRA-WiSE.
-
-    A run that ended with an error may still be fetching a shard ahead: it ends before the next test starts.
-    """
-    from huggingface_hub import HfFileSystem, close_session
-
-    def wait_for_downloads(seconds: float) -> None:
-        for thread in threading.enumerate():
-            if thread.name.endswith("(work)"):  # dsire.in_background
-                thread.join(seconds)
+    """The stand-in Hub, with `folder` as the dataset LoRA-WiSE."""
+    from huggingface_hub import close_session
 
     with HubStandIn(folder, dsire.LORA_WISE, port=PORT) as stand_in:
         yield stand_in
         wait_for_downloads(2)
     wait_for_downloads(20)  # what stalled is cut off
-    HfFileSystem.clear_instance_cache()
     close_session()
+
+
+FIRST, SECOND, THIRD = (f"train-0000{number}-of-00003" for number in range(3))
+
+
+def fetched(hub: HubStandIn) -> list[str]:
+    """The shards whose content was asked for, in the order of their names."""
+    paths = [request.path for request in hub.requests if request.method == "GET" and "/cdn/" in request.path]
+    return sorted(Path(path).stem for path in paths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +292,25 @@ def reference_experiments(models: list[Model], voters: list[np.ndarray], experim
     return results
 
 
-@pytest.fixture(scope="session")
-def shipped_by_the_book(tiny_wise: Path) -> tuple[list[Model], list[Reference]]:
-    models, voters = reference_spectra(parquet_files(tiny_wise / "low" / "4"), RANK)
+Book = tuple[list[Model], list[Reference]]
+
+
+def by_the_book(folder: Path) -> Book:
+    models, voters = reference_spectra(parquet_files(folder), RANK)
     return models, reference_experiments(models, voters)
+
+
+@pytest.fixture(scope="session")
+def shipped_by_the_book(tiny_wise: Path) -> Book:
+    return by_the_book(tiny_wise / "low" / "4")
+
+
+def assert_right(outcome: Outcome, book: Book, experiments: int = 10) -> None:
+    """It went well, and predicted what scikit-learn and Counter do."""
+    assert outcome.code == 0, outcome.err
+    models, runs = book
+    assert [row.rsplit(",", 1)[0] for row in outcome.predictions.splitlines()[1:]] == [
+        f"{number},{models[model][0]},{models[model][1]},{guess}"
+        for number, run in enumerate(runs[:experiments], start=1)
+        for model, guess in zip(run.test, run.predicted, strict=True)
+    ]

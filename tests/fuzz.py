@@ -22,10 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from conftest import LAYERS, models_of, table_of
+from conftest import models_of, table_of
 from lora_writers import LAYOUTS, by_hand, within
 from safetensors.torch import load, save
 from torch import Tensor
@@ -74,17 +75,17 @@ def what_is_wrong(found: dsire.Spectra, book: Book) -> str:
     return ""
 
 
-def outcome_of(read: Callable[[], dsire.Spectra], book: Book | None, damaged: bool = False) -> str:
+def outcome_of(read: Callable[[], dsire.Spectra], book: Book | None, changed: bool = False) -> str:
     """Read a mutant: "right", "refused", or else what went wrong.
 
-    Without a book it must be refused; with one it must be right, or, if it is damaged, may be refused all the same.
+    Without a book it must be refused; with one it must be right, or, if it was changed, may be refused all the same.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
             found = read()
         except dsire.DsireError as error:
-            return "refused" if book is None or damaged else f"refused, though sound: {error}"
+            return "refused" if book is None or changed else f"refused, though sound: {error}"
         except Exception:
             return f"raised: {traceback.format_exc()}"
     if book is None:
@@ -92,167 +93,104 @@ def outcome_of(read: Callable[[], dsire.Spectra], book: Book | None, damaged: bo
     return what_is_wrong(found, book) or "right"
 
 
-def flipped(draw: Draw, content: bytes, weights: slice) -> bytes:
-    """Bits or whole bytes of the weights changed."""
+def damaged(draw: Draw, content: bytes, weights: slice) -> bytes:
+    """Truncated, a byte lost, or bits of the weights changed."""
+    how, at = draw.choice(["cut", "lost", "flipped"]), draw.randrange(len(content))
+    if how != "flipped":
+        return content[:at] + (content[at + 1 :] if how == "lost" else b"")
     changed = bytearray(content)
-    for _ in range(draw.choice([1, 1, 10])):
-        changed[draw.choice(range(len(content))[weights])] ^= draw.choice(
-            [1 << draw.randrange(8), draw.randint(1, 255)]
-        )
+    for _ in range(draw.choice([1, 10])):
+        changed[draw.choice(range(len(content))[weights])] ^= draw.choice([1 << draw.randrange(8), 255])
     return bytes(changed)
 
-
-DAMAGES: dict[str, Callable[[Draw, bytes, slice], bytes]] = {
-    "truncated": lambda draw, content, weights: content[: draw.randrange(len(content))],
-    "a byte lost": lambda draw, content, weights: content[: (at := draw.randrange(len(content)))] + content[at + 1 :],
-    "bytes flipped": flipped,
-}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards
 
-
-def a_matrix(draw: Draw, table: pa.Table) -> str:
-    return draw.choice([name for name in table.column_names if ".lora." in name])
-
-
-def some_column(draw: Draw, table: pa.Table) -> str:
-    return draw.choice(["label", "name", a_matrix(draw, table)])
+ODD = ["x", "é", "\n", "\x1b[2J", "\u2028", "日本", "../..", '","', "x" * 2000]
+LABELS = [0, -1, 0.5, NAN, INF, 1e300, -(2**63), np.uint64(2**64 - 1), None, True, b"1", [1], {"list": [1.0]}, 7, 7.0]
+NAMES = [*ODD, "", 7, -7, np.uint64(2**63), None, True, b"1", [1], {"list": [1.0]}]
+SOUND = ["unchanged", "scaled", "exchanged", "more"]
+PARQUET_KINDS = [*SOUND, "value", "column", "renamed", "dropped", "twice", "none", "damaged"]
 
 
-def put(table: pa.Table, name: str, values: Any, kind: Any = None) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, pa.array(values, kind))
+def matrices(draw: Draw, row: list[float]) -> Any:
+    """What may stand instead of a matrix."""
+    numbers = [[*row[:5], its, *row[6:]] for its in (None, NAN, -INF, 1e300)]
+    return draw.choice([*numbers, [*row, 0.5], row[1:], [], None, 1.0, [1] * len(row), ["1"] * len(row), [row] * 2])
 
 
-def renamed(table: pa.Table, old: str, new: str) -> pa.Table:
-    return table.rename_columns([name.replace(old, new) for name in table.column_names])
+def edited_table(draw: Draw, table: pa.Table, kind: str) -> pa.Table:
+    names = table.column_names
+    name = draw.choice(["label", "name", draw.choice(names[2:])])
+    values, at = table[name].to_pylist(), names.index(name)
+    if kind == "scaled":  # from the smallest to the largest numbers
+        factor, rows = 10.0 ** draw.choice([-320, -310, -150, -45, 38, 150, 300]), table[2].to_pylist()
+        return table.set_column(2, names[2], pa.array([[factor * number for number in row] for row in rows]))
+    if kind == "exchanged":
+        return table.rename_columns([*names[:2], *draw.sample(names[2:], len(names) - 2)])
+    if kind in ("value", "column"):
+        other = draw.choice((LABELS, NAMES)[at]) if at < 2 else matrices(draw, values[0])
+        one = [*values[:-1], other] if kind == "value" else [other] * len(values)
+        try:
+            return table.set_column(at, name, pa.array(one))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # no column holds both
+            return table.set_column(at, name, pa.array([other] * len(values)))
+    if kind == "renamed":
+        return table.rename_columns([draw.choice(ODD) + its if its == name else its for its in names])
+    if kind == "dropped":
+        return table.drop_columns([name])
+    if kind in ("twice", "more"):
+        return table.append_column(name if kind == "twice" else draw.choice(ODD), table[name])
+    return table.slice(0, 0) if kind == "none" else table
 
 
-def edit(draw: Draw, table: pa.Table, change: Callable[[list[float]], Any], chance: float = 0.5) -> pa.Table:
-    """The lists of one column changed: all of them, by chance, or a single one."""
-    name, chosen, everywhere = a_matrix(draw, table), draw.randrange(len(table)), draw.random() < chance
-    rows = [change(row) if everywhere or n == chosen else row for n, row in enumerate(table[name].to_pylist())]
-    return put(table, name, rows, pa.list_(pa.float64()))
-
-
-def one_of(draw: Draw, table: pa.Table, name: str, value: Any, kind: Any) -> pa.Table:
-    """One label or name replaced."""
-    values = table[name].to_pylist()
-    values[draw.randrange(len(values))] = value
-    return put(table, name, values, kind)
-
-
-def other_kinds_of_lists(draw: Draw, table: pa.Table) -> pa.Table:
-    for name in table.column_names[2:]:
-        number = draw.choice([pa.float16(), pa.float32(), pa.float64()])
-        kind = draw.choice([pa.list_(number), pa.large_list(number), pa.list_(number, len(table[name][0]))])
-        table = put(table, name, table[name].combine_chunks().cast(pa.list_(number)).cast(kind))
-    return table
-
-
-def scaled(draw: Draw, table: pa.Table) -> pa.Table:
-    """Weights from the smallest to the largest numbers; where a product overflows the book is None."""
-    for name in table.column_names[2:]:
-        factor = 10.0 ** draw.choice([-320, -310, -150, -45, -30, 0, 0, 0, 30, 38, 150, 300])
-        table = put(table, name, [[factor * number for number in row] for row in table[name].to_pylist()])
-    return table
-
-
-def columns_exchanged(draw: Draw, table: pa.Table) -> pa.Table:
-    """The same names, over other matrices."""
-    first, *names = table.column_names[1:]
-    return table.rename_columns(["label", first, *draw.sample(names, len(names))])
-
-
-def more_columns(draw: Draw, table: pa.Table) -> pa.Table:
-    """Columns that are no LoRA weights, with names that begin like those of others."""
-    for name in draw.sample(["label.x", "unet", "日本", "a\nb", "\x1b"], 2):
-        value: Any = draw.choice([None, 1, "x", [1.0], {"list": [1.0]}, [[]], b"\xff", True])
-        table = table.append_column(name, pa.array([value] * len(table)))
-    return table
-
-
-def another_type(draw: Draw, table: pa.Table) -> pa.Table:
-    """A column of a type that is neither a label's, a name's nor a matrix's."""
-    values: list[Any] = [True, b"12345678" * 64, [1] * 64, ["1"] * 64, [[1.0] * 8] * 8, {"list": [1.0] * 64}, None]
-    return put(table, some_column(draw, table), [draw.choice(values)] * len(table))
-
-
-SIZES = [pa.int8(), pa.uint8(), pa.int32(), pa.uint64(), pa.float32(), pa.float64()]
-NO_SIZES = [(n, pa.float64()) for n in (0, -1, 0.5, NAN, INF, -INF, 1e300, None)]
-NO_SIZES += [(0, pa.int64()), (-(2**63), pa.int64()), (2**64 - 1, pa.uint64()), (None, pa.int64())]
-NAMES = ["", " ", "a\nb", "\0", "\x1b[2J", "日本", "\U0001f408", "x" * 10_000, "NaN", "../..", '","']
-WHOLE_NAMES = [(7, pa.int8()), (-7, pa.int64()), (2**63, pa.uint64()), ("7", pa.large_string())]
-ODD = ["x", "é", "\n", "\x1b[2J", "\u2028", "x" * 2000]
-Change = Callable[[Draw, pa.Table], pa.Table]
-SOUND_TABLES: dict[str, Change] = {
-    "unchanged": lambda draw, table: table,
-    "empty row groups": lambda draw, table: table,
-    "other kinds of lists": other_kinds_of_lists,
-    "a type of label": lambda draw, table: put(table, "label", table["label"].to_pylist(), draw.choice(SIZES)),
-    "a type of name": lambda draw, t: put(t, "name", [(one := draw.choice(WHOLE_NAMES))[0]] * len(t), one[1]),
-    "an odd name": lambda draw, table: one_of(draw, table, "name", draw.choice(NAMES), pa.string()),
-    "columns shuffled": lambda draw, table: table.select(draw.sample(table.column_names, len(table.column_names))),
-    "columns exchanged": columns_exchanged,
-    "more columns": more_columns,
-    "a layer renamed": lambda draw, table: renamed(table, draw.choice(LAYERS), draw.choice(["unet.x", "日.up", "0"])),
-    "scaled": scaled,
-    "longer rows": lambda draw, table: edit(draw, table, lambda row: row * 2, chance=1),
-}
-WRONG_TABLES: dict[str, Change] = {
-    "a column dropped": lambda draw, table: table.drop_columns([some_column(draw, table)]),
-    "a column renamed": lambda draw, table: renamed(table, (old := some_column(draw, table)), draw.choice(ODD) + old),
-    "a column twice": lambda draw, t: t.append_column((name := some_column(draw, t)), t[name]),
-    "a column of another type": another_type,
-    "a label that is no size": lambda draw, table: one_of(draw, table, "label", *draw.choice(NO_SIZES)),
-    "a name that is null": lambda draw, table: one_of(draw, table, "name", None, pa.string()),
-    "other lengths": lambda draw, table: edit(draw, table, lambda row: draw.choice([[*row, 0.5], row[1:], [], None])),
-    "no number": lambda draw, table: edit(
-        draw, table, lambda row: [*row[:5], draw.choice([None, NAN, -INF]), *row[6:]]
-    ),
-    "no number under an odd name": lambda draw, table: renamed(
-        edit(draw, table, lambda row: [NAN, *row[1:]]), "unet.", f"unet.{draw.choice(ODD)}."
-    ),
-    "no rows": lambda draw, table: table.slice(0, 0),
-}
-PARQUET_KINDS = [*SOUND_TABLES, *WRONG_TABLES, *DAMAGES]
-
-
-def parquet_bytes(draw: Draw, table: pa.Table, empty_row_groups: bool = False) -> bytes:
+def parquet_bytes(draw: Draw, table: pa.Table) -> bytes:
     """Written in one of many ways, always with checksums, so that damage to the weights can be told."""
-    compression, version = draw.choice(["snappy", "none", "zstd", "gzip"]), draw.choice(["1.0", "2.0"])
-    options = {"compression": compression, "data_page_version": version, "write_page_checksum": True}
-    rows, stream = draw.choice([1, 2, 100]), io.BytesIO()
-    with pq.ParquetWriter(stream, table.schema, use_dictionary=draw.random() < 0.5, **options) as writer:
+    options = {"compression": draw.choice(["snappy", "none", "zstd", "gzip"]), "use_dictionary": draw.random() < 0.5}
+    options |= {"data_page_version": draw.choice(["1.0", "2.0"]), "write_page_checksum": True}
+    rows, empty, stream = draw.choice([1, 2, 100]), draw.random() < 0.2, io.BytesIO()
+    with pq.ParquetWriter(stream, table.schema, **options) as writer:
         for start in range(0, len(table), rows):
             writer.write_table(table.slice(start, rows))
-            if empty_row_groups:
+            if empty:
                 writer.write_table(table.slice(0, 0))
     return stream.getvalue()
 
 
+def is_label(its: Any) -> bool:
+    return type(its) in (int, float) and 1 <= its < 2**53 and its == int(its)
+
+
 def book_of_table(table: pa.Table, rank: int) -> Book | None:
-    layers = {}
-    for path in {name.removesuffix(".lora.down.weight") for name in table.column_names} - {*table.column_names}:
-        rows = (table[f"{path}.lora.{word}.weight"].to_pylist() for word in ("down", "up"))
-        a, b = (torch.tensor(numbers, dtype=torch.float64) for numbers in rows)
-        name = path.removeprefix("unet.").replace(".", "_")
-        layers[name] = (a.view(len(table), rank, -1), b.view(len(table), -1, rank), 1.0)
-    return book_of(layers, [int(size) for size in table["label"].to_pylist()], table["name"].to_pylist())
+    """The book of a shard; None if what it holds makes no sense."""
+    layers, columns = {}, {name: its.to_pylist() for name, its in zip(table.column_names, table.columns, strict=True)}
+    sizes, names = (columns.get(name) or [None] for name in ("label", "name"))
+    whole = len(columns) == len(table.column_names) and all(type(name) in (str, int) for name in names)
+    if not whole or not all(map(is_label, sizes)):
+        return None
+    for column in (its for its in columns if ".lora." in its):
+        path = column.split(".lora.")[0]
+        kind = table.schema.field(column).type
+        try:
+            a, b = (torch.tensor(columns[f"{path}.lora.{its}.weight"], dtype=torch.float64) for its in ("down", "up"))
+            if not pa.types.is_floating(kind.value_type) or not (a.isfinite().all() and b.isfinite().all()):
+                return None
+            name = path.removeprefix("unet.").replace(".", "_")
+            layers[name] = (a.view(len(sizes), rank, -1), b.view(len(sizes), -1, rank), 1.0)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+            return None
+    return book_of(layers, [int(size) for size in sizes], names)
 
 
 def check_parquet(kind: str, draw: Draw, folder: Path) -> str:
     rank = draw.randint(2, 4)  # of rank 1 every length is right
-    change = {**SOUND_TABLES, **WRONG_TABLES}.get(kind, SOUND_TABLES["unchanged"])
-    table = change(draw, table_of(draw.sample(models_of(3), draw.randint(1, 6)), rank=rank))
-    content = parquet_bytes(draw, table, kind == "empty row groups")
-    if kind in DAMAGES:
-        footer = 8 + int.from_bytes(content[-8:-4], "little")
-        content = DAMAGES[kind](draw, content, slice(-footer))
-    book = None if kind in WRONG_TABLES else book_of_table(table, rank)
-    path = folder / "mutant.parquet"
+    table = edited_table(draw, table_of(draw.sample(models_of(3), draw.randint(1, 6)), rank=rank), kind)
+    content, path = parquet_bytes(draw, table), folder / "mutant.parquet"
+    if kind == "damaged":
+        content = damaged(draw, content, slice(-8 - int.from_bytes(content[-8:-4], "little")))
     path.write_bytes(content)
-    return outcome_of(lambda: dsire.shard_spectra(path, rank), book, kind not in SOUND_TABLES)
+    return outcome_of(lambda: dsire.shard_spectra(path, rank), book_of_table(table, rank), kind not in SOUND)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,11 +198,13 @@ def check_parquet(kind: str, draw: Draw, folder: Path) -> str:
 
 PATHS = ("down_blocks.0.attn1.to_q", "mid_block.attn2.to_out.0", "up_blocks.1.attn1.to_k")
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES = [*FLOATS, torch.int64, torch.uint8, torch.bool]
 NUMBERS = [NAN, INF, -INF, 0, 1e-320, 1e-45, 6e4, 3e38, 1e300]
 ALPHAS: list[Any] = [0, 3, 0.25, -4.0, 1e30, 1e300, NAN, INF, [2.0], [[2.0]], [1.0, 2.0], []]
+NO_TENSORS: list[Any] = [None, 1, 2.5, True, "x", [1.0], NAN, 10**400]
 
 
-def a_lora(draw: Draw, layout: str) -> dict[str, Tensor]:
+def a_lora(draw: Draw, layout: str) -> dict[str, Any]:
     """One to three layers of any shape and rank, in any dtype."""
     generator = torch.Generator().manual_seed(draw.getrandbits(32))
     lora = {}
@@ -295,64 +235,46 @@ def book_of_tensors(tensors: dict[str, Any], layout: str) -> Book | None:
     return book_of(layers, [0], [""])
 
 
-def key_changed(draw: Draw, tensors: dict[str, Tensor], key: str) -> None:
-    tensors[draw.choice(ODD) + key] = tensors.pop(key)
-
-
-def exchanged(draw: Draw, tensors: dict[str, Tensor], key: str) -> None:
-    other = draw.choice(list(tensors))
-    tensors[key], tensors[other] = tensors[other], tensors[key]
-
-
-def another_dtype(draw: Draw, tensors: dict[str, Tensor], key: str) -> None:
-    tensors[key] = tensors[key].to(draw.choice([*FLOATS, torch.int64, torch.int8, torch.uint8, torch.bool]))
-
-
-def another_shape(draw: Draw, tensors: dict[str, Tensor], key: str) -> None:
+def edited(draw: Draw, tensors: dict[str, Any], kind: str) -> None:
+    """A key or a tensor of a file changed."""
+    key, other = draw.choices(list(tensors), k=2)
     old = tensors[key]
-    shapes = [old.shape[::-1], [*old.shape, 1], [1, *old.shape], [old.numel()], [old.numel(), 1, 1]]
-    tensors[key] = draw.choice([*(old.reshape(list(shape)) for shape in shapes), old.reshape(-1)[:0], old[None][:0]])
+    if kind == "a key":
+        tensors[draw.choice(ODD) + key] = tensors.pop(key)
+    elif kind == "a key dropped":
+        del tensors[key]
+    elif kind == "two keys":
+        tensors[key], tensors[other] = tensors[other], old
+    elif kind == "a dtype":
+        tensors[key] = old.to(draw.choice(DTYPES))
+    elif kind == "a shape":
+        shapes = [[*reversed(old.shape)], [*old.shape, 1], [1, *old.shape], [-1], [old.numel(), 1, 1]]
+        tensors[key] = draw.choice([*(old.reshape(shape) for shape in shapes), old.reshape(-1)[:0], old[None][:0]])
+    elif kind == "a number":
+        numbers = old.double().flatten()
+        numbers[draw.randrange(len(numbers))] = draw.choice(NUMBERS)
+        tensors[key] = numbers.reshape(old.shape).to(old.dtype)
+    elif kind == "alphas":
+        for alpha in [its for its in tensors if its.endswith(".alpha")]:
+            tensors[alpha] = torch.tensor(draw.choice(ALPHAS), dtype=draw.choice([torch.float64, torch.float16]))
+    elif kind == "no tensor":
+        tensors[key] = draw.choice(NO_TENSORS)
 
 
-def another_number(draw: Draw, tensors: dict[str, Tensor], key: str) -> None:
-    numbers = tensors[key].double().flatten()
-    numbers[draw.randrange(len(numbers))] = draw.choice(NUMBERS)
-    tensors[key] = numbers.reshape(tensors[key].shape).to(tensors[key].dtype)
-
-
-def another_alpha(draw: Draw, tensors: dict[str, Tensor], key: str) -> None:
-    for alpha in [key for key in tensors if key.endswith(".alpha")]:
-        tensors[alpha] = torch.tensor(draw.choice(ALPHAS), dtype=draw.choice([torch.float64, torch.float16]))
-
-
-EDITS: dict[str, Callable[[Draw, dict[str, Any], str], Any]] = {
-    "unchanged": lambda draw, tensors, key: None,
-    "a key dropped": lambda draw, tensors, key: tensors.pop(key),
-    "a key changed": key_changed,
-    "tensors exchanged": exchanged,
-    "another dtype": another_dtype,
-    "another shape": another_shape,
-    "another number": another_number,
-    "another alpha": another_alpha,
-}
-PICKLED: list[Any] = [None, 1, 2.5, True, "x", [1.0], NAN, 10**400]  # instead of a tensor
-FILE_KINDS = [f"{form}: {kind}" for form in ("safetensors", "pickle") for kind in (*EDITS, *DAMAGES)]
-FILE_KINDS.append("pickle: no tensor")
+EDITS = ("unchanged", "a key", "a key dropped", "two keys", "a dtype", "a shape", "a number", "alphas", "damaged")
+FILE_KINDS = [*(f"{form}: {kind}" for form in ("safetensors", "pickle") for kind in EDITS), "pickle: no tensor"]
 
 
 def check_file(kind: str, draw: Draw, folder: Path) -> str:
     form, kind = kind.split(": ")
     layout, stream = draw.choice(list(LAYOUTS)), io.BytesIO()
-    tensors: dict[str, Any] = a_lora(draw, layout)
-    key = draw.choice(list(tensors))
-    EDITS.get(kind, EDITS["unchanged"])(draw, tensors, key)
-    if kind == "no tensor":
-        tensors[key] = draw.choice(PICKLED)
+    tensors = a_lora(draw, layout)
+    edited(draw, tensors, kind)
     torch.save(tensors, stream)
     content = save(tensors) if form == "safetensors" else stream.getvalue()
-    if kind in DAMAGES:
+    if kind == "damaged":
         header = 8 + int.from_bytes(content[:8], "little") if form == "safetensors" else 0
-        content = DAMAGES[kind](draw, content, slice(header, None))
+        content = damaged(draw, content, slice(header, None))
         try:  # a pickle's archive has checksums; safetensors has none, so that other numbers may be read
             tensors = load(content) if form == "safetensors" else tensors
         except Exception:  # it must be refused
@@ -361,7 +283,7 @@ def check_file(kind: str, draw: Draw, folder: Path) -> str:
     path.write_bytes(content)
     book = book_of_tensors(tensors, layout)
     book = book and book._replace(names=[str(path)])
-    return outcome_of(lambda: dsire.file_spectra(path), book, damaged=kind != "unchanged")
+    return outcome_of(lambda: dsire.file_spectra(path), book, kind != "unchanged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

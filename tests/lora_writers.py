@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,18 +53,16 @@ def unet_with_lora(**options: Any) -> UNet2DConditionModel:
     return unet
 
 
+def lora_layers(network: torch.nn.Module) -> dict[str, LoraLayer]:
+    return {path: layer for path, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+
+
 def lora_of(network: torch.nn.Module) -> Lora:
-    layers = {path: layer for path, layer in network.named_modules() if isinstance(layer, LoraLayer)}
-    return {
-        path: (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
-        for path, layer in layers.items()
-    }
+    pairs = {path: (layer.lora_A, layer.lora_B) for path, layer in lora_layers(network).items()}
+    return {path: (a["default"].weight.detach(), b["default"].weight.detach()) for path, (a, b) in pairs.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Files of the libraries that write them
-
-
 def by_peft(unet: UNet2DConditionModel, folder: Path) -> Path:
     model = get_peft_model(new_unet(), unet.peft_config["default"])
     model.base_model.model.load_state_dict(unet.state_dict())
@@ -90,40 +90,22 @@ LIBRARIES: dict[str, Callable[[UNet2DConditionModel, Path], Path]] = {
     "pipeline": by_a_pipeline,
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+
 # The same by hand: the keys of A, of B, and of alpha where the layout has one
+def keys_of(a: str, b: str, alpha: str, layer: str) -> tuple[str, str, str]:
+    attention, _, part = layer.removesuffix(".0").rpartition(".")
+    names = {"layer": layer, "flat": layer.replace(".", "_"), "attention": attention, "part": part}
+    return a.format(**names), b.format(**names), alpha.format(**names)
 
 
-def wise_keys(layer: str) -> tuple[str, str, None]:
-    return f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight", None
-
-
-def attention_processor_keys(layer: str) -> tuple[str, str, None]:
-    attention, _, projection = layer.removesuffix(".0").rpartition(".")
-    start = f"unet.{attention}.processor.{projection}_lora"
-    return f"{start}.down.weight", f"{start}.up.weight", None
-
-
-def diffusers_keys(layer: str) -> tuple[str, str, str]:
-    return f"unet.{layer}.lora_A.weight", f"unet.{layer}.lora_B.weight", f"unet.{layer}.alpha"
-
-
-def adapter_name_keys(layer: str) -> tuple[str, str, None]:
-    start = f"base_model.model.{layer}"
-    return f"{start}.lora_A.default.weight", f"{start}.lora_B.default.weight", None
-
-
-def kohya_keys(layer: str) -> tuple[str, str, str]:
-    start = f"lora_unet_{layer.replace('.', '_')}"
-    return f"{start}.lora_down.weight", f"{start}.lora_up.weight", f"{start}.alpha"
-
-
-LAYOUTS: dict[str, Callable[[str], tuple[str, str, str | None]]] = {
-    "LoRA-WiSE": wise_keys,
-    "attention processors": attention_processor_keys,
-    "diffusers with alpha": diffusers_keys,
-    "adapter name": adapter_name_keys,
-    "kohya": kohya_keys,
+WISE, OLD, NEW = "unet.{layer}.lora", "unet.{attention}.processor.{part}_lora", "unet.{layer}"
+PEFT, KOHYA = "base_model.model.{layer}", "lora_unet_{flat}"
+LAYOUTS: dict[str, Callable[[str], tuple[str, str, str]]] = {
+    "LoRA-WiSE": partial(keys_of, f"{WISE}.down.weight", f"{WISE}.up.weight", ""),
+    "attention processors": partial(keys_of, f"{OLD}.down.weight", f"{OLD}.up.weight", ""),
+    "diffusers with alpha": partial(keys_of, f"{NEW}.lora_A.weight", f"{NEW}.lora_B.weight", f"{NEW}.alpha"),
+    "adapter name": partial(keys_of, f"{PEFT}.lora_A.default.weight", f"{PEFT}.lora_B.default.weight", ""),
+    "kohya": partial(keys_of, f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight", f"{KOHYA}.alpha"),
 }
 
 
@@ -131,9 +113,8 @@ def by_hand(layout: str, lora: Lora, alpha: float) -> dict[str, Tensor]:
     """Key -> tensor; the layouts that carry alpha get it."""
     tensors = {}
     for layer, (a, b) in lora.items():
-        a_key, b_key, alpha_key = LAYOUTS[layout](layer)
-        tensors |= {a_key: a, b_key: b} | ({alpha_key: torch.tensor(float(alpha))} if alpha_key else {})
-    return tensors
+        tensors |= dict(zip(LAYOUTS[layout](layer), (a, b, torch.tensor(float(alpha))), strict=True))
+    return {key: tensor for key, tensor in tensors.items() if key}
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> Path:
@@ -150,18 +131,14 @@ def one_layer(**changes: Any) -> dict[str, Any]:
     """The tensors of a sound file with a single layer x of rank 2, in kohya's layout; the changes are `down=...`."""
     random = torch.Generator().manual_seed(0)
     parts = {"down": torch.randn(2, 6, generator=random), "up": torch.randn(5, 2, generator=random), **changes}
-    keys = {
-        "down": "lora_unet_x.lora_down.weight",
-        "up": "lora_unet_x.lora_up.weight",
-        "mid": "lora_unet_x.lora_mid.weight",
-    }
-    return {keys.get(part, f"lora_unet_x.{part}"): tensor for part, tensor in parts.items()}
+    keys = {part: f"lora_{part}.weight" for part in ("down", "up", "mid")}
+    return {f"lora_unet_x.{keys.get(part, part)}": tensor for part, tensor in parts.items()}
 
 
 def adapter(folder: Path, config: Any = None, **changes: Any) -> Path:
     """A PEFT adapter with a single layer x of rank 2, and its adapter_config.json (text, or an object to write)."""
-    keys = {"lora_unet_x.lora_down.weight": "lora_A", "lora_unet_x.lora_up.weight": "lora_B"}
-    tensors = {f"base_model.model.x.{keys[key]}.weight": tensor for key, tensor in one_layer(**changes).items()}
+    a, b = one_layer(**changes).values()
+    tensors = {f"base_model.model.x.lora_{part}.weight": tensor for part, tensor in (("A", a), ("B", b))}
     path = write(folder / "adapter_model.safetensors", tensors)
     text = config if isinstance(config, str) else json.dumps({"peft_type": "LORA", **(config or {})})
     (folder / "adapter_config.json").write_text(text)
@@ -211,13 +188,21 @@ def assert_changes(found: dsire.Spectra, expected: dict[str, Tensor], digits: fl
         assert found.shapes[layer][:2] == list(expected[layer].flatten(1).shape)
 
 
-def refusal(file: Path, base: dsire.Weights | None = None) -> str:
-    """What is said of a file that is refused: one line, that does not name it: whoever asks knows what it is called."""
-    with pytest.raises(dsire.DsireError) as error:
-        dsire.file_spectra(file, base)
-    assert not str(error.value).startswith((str(file), file.name))
+def refusal(file: Path, *parts: str, base: dsire.Weights | None = None, seconds: float = 20) -> str:
+    """What is said of a file that is refused: in time, without a warning, in one line of some length with these parts.
+
+    It does not name the file: whoever asks knows what it is called.
+    """
+    with within(seconds), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(dsire.DsireError) as error:
+            dsire.file_spectra(file, base)
+    message = str(error.value)
+    assert not message.startswith((str(file), file.name))
     assert "\n" not in dsire.shown(error.value)
-    return str(error.value)
+    assert len(message) < 1000
+    assert not [part for part in parts if part not in message], message
+    return message
 
 
 @contextmanager

@@ -36,42 +36,28 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
+from torch import Tensor
 from tqdm import tqdm
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What may differ between fine-tunes; the rest is the same for all.
-
-    Args:
-        batch: images a step, each under DRAWS draws of noise; a set of fewer images repeats them.
-        decay: of the learning rate, by a cosine to zero; else it is constant.
-    """
+    """What may differ between fine-tunes; the rest is the same for all."""
 
     steps: int = 60
     learning_rate: float = 5e-4
-    batch: int = 1
-    decay: bool = False
+    batch: int = 1  # images a step, each under DRAWS draws of noise; a set of fewer images repeats them
+    decay: bool = False  # of the learning rate, by a cosine to zero; else it is constant
 
 
 RANK = 4
 LOHA_RANK = 2
 FEW = [1, 2, 3, 4, 5, 6]
 SIZES = {"low_4": FEW, "medium_4": [1, 10, 20, 30, 40, 50], "recipes_4": FEW, "full": FEW, "loha": FEW}
-MICRO_DATASETS = {  # of numbered hands
-    "low_4": range(40),
-    "medium_4": range(20),
-    "recipes_4": range(60, 70),
-    "full": range(80, 100),
-    "loha": range(80, 88),
-}
-PILOT_MICRO_DATASETS = {
-    "low_4": range(40, 60),
-    "medium_4": range(10),
-    "recipes_4": range(72, 80),
-    "full": range(100, 108),
-    "loha": range(100, 108),
-}
+NUMBERS = {"low_4": (0, 40), "medium_4": (0, 20), "recipes_4": (60, 70), "full": (80, 100), "loha": (80, 88)}
+MICRO_DATASETS = {subset: range(*ends) for subset, ends in NUMBERS.items()}  # of numbered hands
+NUMBERS = {"low_4": (40, 60), "medium_4": (0, 10), "recipes_4": (72, 80), "full": (100, 108), "loha": (100, 108)}
+PILOT_MICRO_DATASETS = {subset: range(*ends) for subset, ends in NUMBERS.items()}
 SECOND_PILOT = (range(108, 118), 2)  # of recipes_4: micro-datasets, and the seed of fine-tunes
 BASE_IMAGES, FINE_TUNE_IMAGES = 74, 100  # of each digit, for the base model and then for fine-tunes
 BASE_STEPS, BASE_BATCH, BASE_LEARNING_RATE = 4000, 64, 1e-3
@@ -103,14 +89,14 @@ PRECISION = {"low_4": torch.float32, "medium_4": torch.float32, "recipes_4": tor
 SCHEDULE = DDPMScheduler()
 
 
-def images_of_each_digit() -> list[torch.Tensor]:
+def images_of_each_digit() -> list[Tensor]:
     """The images of each digit in the order of the dataset, ten tensors [images, 1, 8, 8] with values in [-1, 1]."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
     return [images[digits.target == digit] for digit in range(10)]
 
 
-def micro_datasets(subset: str, pilot: int) -> dict[str | int, tuple[torch.Tensor, torch.Tensor]]:
+def micro_datasets(subset: str, pilot: int) -> dict[str | int, tuple[Tensor, Tensor]]:
     """Name -> images [largest size, 1, 8, 8] and the digit that each shows; a smaller size takes the first of them.
 
     Images are dealt, none twice, the ten digits in a new random order for every micro-dataset: the images of a small
@@ -122,7 +108,7 @@ def micro_datasets(subset: str, pilot: int) -> dict[str | int, tuple[torch.Tenso
         pool = [images[:BASE_IMAGES] for images in images_of_each_digit()]
     piles = [iter(images) for images in pool]
     random = np.random.default_rng(SEED)
-    found: dict[str | int, tuple[torch.Tensor, torch.Tensor]] = {}
+    found: dict[str | int, tuple[Tensor, Tensor]] = {}
     for number in range(numbers.stop):
         digits = np.resize(random.permutation(10), max(SIZES[subset]))
         name = number if subset == "medium_4" else f"hand_{number:02d}"  # numbers and strings, as in LoRA-WiSE
@@ -145,13 +131,13 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def draw_noise(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_noise(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise for `count` images, and a time step for each."""
     noise = torch.randn(count, 1, 8, 8, generator=generator)
     return noise, torch.randint(SCHEDULE.config.num_train_timesteps, (count,), generator=generator)
 
 
-def draw_noise_evenly(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_noise_evenly(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise for one image `count` times over, with a time step from each of `count` equal parts of the schedule."""
     noise = torch.randn(count, 1, 8, 8, generator=generator)
     part = SCHEDULE.config.num_train_timesteps / count
@@ -159,12 +145,8 @@ def draw_noise_evenly(count: int, generator: torch.Generator) -> tuple[torch.Ten
 
 
 def denoising_loss(
-    unet: UNet2DConditionModel,
-    images: torch.Tensor,
-    condition: torch.Tensor,
-    noise: torch.Tensor,
-    times: torch.Tensor,
-) -> torch.Tensor:
+    unet: UNet2DConditionModel, images: Tensor, condition: Tensor, noise: Tensor, times: Tensor
+) -> Tensor:
     """The diffusion loss of every image: the mean squared error of the predicted noise."""
     predicted = unet(SCHEDULE.add_noise(images, noise, times), times, condition).sample
     return (predicted - noise).square().mean(dim=(1, 2, 3))
@@ -183,8 +165,7 @@ def train_base(path: Path) -> None:
     parameters = [*unet.parameters(), condition]
     optimizer = torch.optim.AdamW(parameters, lr=BASE_LEARNING_RATE, weight_decay=0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BASE_STEPS)
-    losses = []
-    for step in tqdm(range(BASE_STEPS), desc="base model", mininterval=10):
+    for _ in tqdm(range(BASE_STEPS), desc="base model", mininterval=10):
         rows = torch.randint(len(images), (BASE_BATCH,), generator=generator)
         noise, times = draw_noise(BASE_BATCH, generator)
         loss = denoising_loss(unet, images[rows], condition[digits[rows]], noise, times).mean()
@@ -192,14 +173,11 @@ def train_base(path: Path) -> None:
         loss.backward()
         optimizer.step()
         decay.step()
-        losses.append(loss.item())
-        if (step + 1) % 500 == 0:
-            tqdm.write(f"step {step + 1}: loss {np.mean(losses[-500:]):.4f}")
     weights = {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
     save_whole(weights | {"condition": condition.detach()}, path)
 
 
-def save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
     """Save under a temporary name, then rename: what carries the name is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(f".half{os.getpid()}")
@@ -213,7 +191,7 @@ def shuffled_forever(count: int, generator: torch.Generator) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
-def load_base(path: Path) -> tuple[UNet2DConditionModel, torch.Tensor]:
+def load_base(path: Path) -> tuple[UNet2DConditionModel, Tensor]:
     weights = load_file(path)
     condition = weights.pop("condition")
     unet = new_unet()
@@ -238,26 +216,24 @@ class Model(NamedTuple):
     name: str | int
     recipe: str
     path: Path
-    images: torch.Tensor
-    digits: torch.Tensor
+    images: Tensor
+    digits: Tensor
 
 
 class Together(torch.nn.Module):
     """A linear layer of several models, whose inputs stand one model after the other in the batch.
 
-    Args:
-        layer: the base model's.
-        method: "full": each model has the layer's weights for its own; "loha": or a LoHa beside; else a LoRA.
-        first: a LoRA's A as it is at first, the same for all models, [r, in]; or LoHa's parts.
+    By the method each model has the layer's weights for its own ("full"), or a LoHa or LoRA beside that begins as
+    `first`, the same for all.
     """
 
-    def __init__(self, layer: torch.nn.Module, method: str, first: dict[str, torch.Tensor], models: int) -> None:
+    def __init__(self, layer: torch.nn.Module, method: str, first: dict[str, Tensor], models: int) -> None:
         super().__init__()
         self.layer, self.method, self.models = layer, method, models
         own = {"weight": layer.weight} if method == "full" else first
         self.own = torch.nn.ParameterDict({name: tensor.detach().repeat(models, 1, 1) for name, tensor in own.items()})
 
-    def change(self, x: torch.Tensor) -> torch.Tensor:
+    def change(self, x: Tensor) -> Tensor:
         """What is added to what the base model's layer says."""
         own = self.own
         if self.method == "full":
@@ -266,12 +242,12 @@ class Together(torch.nn.Module):
             return x @ ((own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])).mT
         return x @ own["a"].mT @ own["b"].mT
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(self.models, -1, x.shape[-1])
         return self.layer(x) + self.change(rows).reshape(*x.shape[:-1], -1)
 
 
-def first_weights(base: Path, seed: int, method: str) -> dict[str, dict[str, torch.Tensor]]:
+def first_weights(base: Path, seed: int, method: str) -> dict[str, dict[str, Tensor]]:
     """Layer -> the parts of a LoRA or LoHa as PEFT draws them."""
     torch.manual_seed(seed)
     unet, _ = load_base(base)
@@ -279,9 +255,8 @@ def first_weights(base: Path, seed: int, method: str) -> dict[str, dict[str, tor
     if method == "full":
         return {layer: {} for layer in layers}
     if method == "loha":
-        found = get_peft_model_state_dict(
-            get_peft_model(unet, LoHaConfig(r=LOHA_RANK, alpha=LOHA_RANK, target_modules=layers))
-        )
+        config = LoHaConfig(r=LOHA_RANK, alpha=LOHA_RANK, target_modules=layers)
+        found = get_peft_model_state_dict(get_peft_model(unet, config))
         parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         return {layer: {part: found[f"base_model.model.{layer}.{part}"].clone() for part in parts} for layer in layers}
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
@@ -364,8 +339,7 @@ def write_shards(subset: str, models: list[Model], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("train-*.parquet"):
         old.unlink()
-    layers = adapted_layers(new_unet())
-    step = SHARD_MODELS[subset]
+    layers, step = adapted_layers(new_unet()), SHARD_MODELS[subset]
     shards = [models[start : start + step] for start in range(0, len(models), step)]
     for number, shard in enumerate(shards):
         weights = [load_file(model.path) for model in shard]
@@ -412,12 +386,8 @@ def write_card(output: Path) -> None:
         for field in pq.read_schema(shards[0]):
             kind = "sequence: float64" if pa.types.is_list(field.type) else f"dtype: {field.type}"
             features += [f"  - name: {field.name}", f"    {kind}"]
-        configs += [
-            f"- config_name: {subset}",
-            "  data_files:",
-            "  - split: train",
-            f"    path: {subset.replace('_', '/')}/train-*",
-        ]
+        configs += [f"- config_name: {subset}", "  data_files:", "  - split: train"]
+        configs.append(f"    path: {subset.replace('_', '/')}/train-*")
     header = ["---", "license: mit", "dataset_info:", *features, "configs:", *configs, "---"]
     (output / "README.md").write_text("\n".join(header) + "\n" + card(list(made)))
 

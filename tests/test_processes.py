@@ -1,17 +1,14 @@
-"""Several processes, as under torchrun: the same report as one, each shard computed by one of them."""
+"""Several processes, as under torchrun: the same report as one, each shard fetched and computed by one of them."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Run, command, parquet_files
+from conftest import FIRST, SECOND, THIRD, Run, assert_right, by_the_book, command, fetched
 from hub_stand_in import HubStandIn
 
 import dsire
@@ -24,48 +21,30 @@ def torchrun(tmp_path: Path, processes: int, *arguments: str) -> subprocess.Comp
     return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
 
 
-def test_the_report_is_that_of_one_process(run: Run, tiny_wise: Path, tmp_path: Path) -> None:
-    alone = run(f"--dataset={tiny_wise}", "--subset=low_4", f"--cache_dir={tmp_path / 'alone'}")
-    (tmp_path / "output" / "predictions.csv").unlink()
-    done = torchrun(tmp_path, 3, f"--dataset={tiny_wise}", "--subset=low_4")
+def test_the_report_is_that_of_one_process(run: Run, folder: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    """And said once; a shard is deleted when its spectra are written: fetched once, it was computed by one."""
+    arguments = (f"--dataset={dsire.LORA_WISE}", "--subset=low_4")
+    done = torchrun(tmp_path, 3, *arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == alone.out
-    assert (tmp_path / "output" / "predictions.csv").read_text() == alone.predictions
-    shards = len(parquet_files(tiny_wise / "low"))
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == shards
+    assert fetched(hub) == [FIRST, SECOND, THIRD]
+    there = run(*arguments)
+    assert_right(there, by_the_book(folder))
+    assert done.stdout == there.out
+    assert fetched(hub) == [FIRST, SECOND, THIRD]
 
 
-@pytest.mark.parametrize("where", ["folder", "Hub"])
-@pytest.mark.parametrize("processes", [2, 5])
-def test_each_process_begins_elsewhere_and_all_have_all(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, hub: HubStandIn, tmp_path: Path, processes: int, where: str
+@pytest.mark.parametrize(
+    ("rank", "size", "expected"),
+    [("", "", 0), ("x", "2", 0), ("3", None, 0), ("3", "0", 0), ("3", "1", 0), ("3", "2", 1), ("1", "3", 1)],
+)
+def test_an_environment_that_is_not_torchruns(
+    rank: str, size: str | None, expected: int, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whatever order they come to the locks, each shard is computed once."""
-    source = dsire.find_source(str(folder) if where == "folder" else dsire.LORA_WISE, "low_4", None, tmp_path)
-    compute, taken = dsire.shard_spectra, []
-    ranks = threading.local()
-    monkeypatch.setattr(dsire, "process_rank", lambda: getattr(ranks, "its", 0))
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-
-    def counted(path: Path, *arguments: Any) -> dsire.Spectra:
-        taken.append(path.name)
-        time.sleep(0.1)
-        return compute(path, *arguments)
-
-    monkeypatch.setattr(dsire, "shard_spectra", counted)
-    found: dict[int, dsire.Spectra] = {}
-
-    def work(rank: int) -> None:
-        ranks.its = rank
-        found[rank] = dsire.subset_spectra(source, 4, tmp_path)
-
-    threads = [threading.Thread(target=work, args=[rank]) for rank in range(processes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(taken) == sorted(Path(shard.file).name for shard in source.shards)
-    assert all(found[rank].values.equal(found[0].values) for rank in range(processes))
+    monkeypatch.setenv("RANK", rank)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    assert dsire.process_rank() == expected
+    assert bool(run("--experiments=1").out) == (not expected)
 
 
 def test_an_error_is_said_once(tmp_path: Path, tiny_wise: Path) -> None:
