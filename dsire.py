@@ -7,11 +7,8 @@
     python dsire.py --dataset=my_loras --predict folder/ user/name --output=out
     python dsire.py --dataset=tuned --base=sd15.safetensors --predict full.ckpt
 
-The script reads from top to bottom as the paper does: a LoRA layer and its
-spectra, the voters and the vote, the protocol. Then what is beyond the paper:
-a regression, how sure an estimate is, everything compared. Then the weights:
-the names of LoRA matrices, parquet, files, where they come from, the cache of
-spectra. Last: the report, pictures, the command line.
+The script reads from top to bottom as the paper does: spectra, vote, protocol;
+then what is beyond it; the weights, and their sources; report, command line.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
@@ -105,9 +102,8 @@ def shown(what: object) -> str:
 
 def say(*lines: object, file: TextIO | None = None) -> None:
     """Print lines; what a name out of a file could do to a terminal, or to a line, is escaped here for all of them."""
-    for line in lines:
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(line))
-        print(text, file=file or sys.stdout)
+    escaped = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(line)) + "\n" for line in lines]
+    print(*escaped, sep="", end="", file=file or sys.stdout, flush=True)
 
 
 @contextmanager
@@ -161,9 +157,7 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_parallel(
-    function: Callable[[Any], T], items: Sequence[Any], at_once: int | None = None, name: str = ""
-) -> list[T]:
+def in_parallel(function: Callable[[Any], T], items: Sequence[Any], at_once: int = 0, name: str = "") -> list[T]:
     """What the function gives for each item, on all cores (or `at_once`), a thread each; `name` is a progress bar's."""
     from tqdm import tqdm
 
@@ -172,8 +166,7 @@ def in_parallel(
         return list(tqdm(results, desc=name, total=len(items), disable=None if name and items else True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A LoRA layer and its spectra (Section 3.1)
+# ---- A LoRA layer and its spectra (Section 3.1) ---------------------------------------------------------------------
 
 
 def lora_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,8 +177,7 @@ def lora_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Squares lose half of the digits where singular values lie far apart: such a model goes by way of `qr_spectra`.
 
     A ("down") is [..., r, in], B ("up") [..., out, r], and what is returned three times [..., r], all in float64; where
-    a dimension is smaller than r the missing values are zeros. Raises FloatingPointError where a weight is not finite,
-    or so large that the product overflows.
+    a dimension is smaller than r the missing values are zeros. FloatingPointError says that numbers are not finite.
     """
     g, h = gram(a), gram(b.mT)
     lower, failed = torch.linalg.cholesky_ex(g)
@@ -214,10 +206,7 @@ def gram(x: Tensor) -> Tensor:
 
 
 def qr_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `lora_spectra` gives, for any matrices: with Aᵀ = Q R and B = P S (thin QR), BA = P (S Rᵀ) Qᵀ.
-
-    So A has the singular values of R, B those of S, and BA those of S Rᵀ.
-    """
+    """What `lora_spectra` gives, for any matrices: with Aᵀ = Q R and B = P S (thin QR), BA = P (S Rᵀ) Qᵀ."""
     r, s = (torch.linalg.qr(matrix, mode="r").R for matrix in (a.mT, b))
     core = s @ r.mT
     # LAPACK's QR may drop a NaN, and its SVD may not return from one
@@ -228,17 +217,12 @@ def qr_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def matrix_spectrum(matrix: Tensor, count: int) -> Tensor:
-    """The largest singular values of any matrix [out, in] in float64: [count], or [min(out, in)] if that is less.
-
-    As in `lora_spectra` they come from a Gram matrix, that of the smaller side, unless they lie too far apart for it;
-    and FloatingPointError says that a number is not finite.
-    """
+    """Likewise the largest singular values of any matrix [out, in]: [count], or [min(out, in)] if that is less."""
     squared = gram(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT)
     if squared.diagonal().sum().isfinite():
-        squares = torch.linalg.eigvalsh(squared).flip(-1)[:count]
+        squares: Tensor = torch.linalg.eigvalsh(squared).flip(-1)[:count]
         if squares[-1] > max(1e-6 * float(squares[0]), 1e-280):
-            roots: Tensor = squares.sqrt()
-            return roots
+            return squares.sqrt()
     if not matrix.isfinite().all():
         raise FloatingPointError("weights that are not finite")
     values: Tensor = torch.linalg.svdvals(matrix)[:count]
@@ -306,8 +290,7 @@ class Spectra:
     @cached_property
     def groups(self) -> Tensor:
         """The recipe and size of each model as one number, 0, 1, ...: int64 [models]."""
-        pairs: Tensor = torch.stack([self.of_recipe, self.sizes], dim=1).unique(dim=0, return_inverse=True)[1]
-        return pairs
+        return numbered([*zip(self.of_recipe.tolist(), self.sizes.tolist(), strict=True)])
 
     @cached_property
     def kinds(self) -> dict[str, Tensor]:
@@ -317,7 +300,6 @@ class Spectra:
 
     @property
     def count(self) -> int:
-        """How many micro-datasets there are."""
         return len(set(self.names))
 
     def of_models(self, models: Tensor) -> Spectra:
@@ -336,8 +318,7 @@ class Spectra:
         return replace(self, values=self.values[[rows[voter] for voter in voters]], voters=voters)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The voters and the vote (Section 3.2)
+# ---- The voters and the vote (Section 3.2) --------------------------------------------------------------------------
 
 
 class Split(NamedTuple):
@@ -361,11 +342,8 @@ Predictor = Callable[[Spectra, list[Split]], list[Prediction]]
 
 
 def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
-    """For each split, voter and test model, the nearest training model (Euclidean; the first one of equals).
-
-    Distances are exact, each computed by itself and once for all splits: models with equal spectra are equally far.
-    Of values, float64 [voters, models, r], the numbers of models are returned, int64 [voters, test models] each.
-    """
+    """For each split the training model nearest to each test model by each voter, int64 [voters, test models]."""
+    # distances (Euclidean) are exact, each computed once for all splits; of models that are equally far the first one
     trained = torch.cat([split.train for split in splits]).unique()
     asked = torch.cat([split.test for split in splits]).unique()
     train = [torch.searchsorted(trained, split.train).numpy() for split in splits]
@@ -400,25 +378,14 @@ def squared_distances(x: Tensor, y: Tensor) -> Any:
     return cdist(x.numpy(), y.numpy(), "sqeuclidean")  # not `torch.cdist`: its roots make near ones equal
 
 
-class Votes(NamedTuple):
-    """What voters say: the size that each names for each model, int64 [voters, models], of these sizes, rising."""
-
-    named: Tensor
-    candidates: Tensor
-
-
-def votes_of(spectra: Spectra, splits: list[Split]) -> list[Votes]:
-    """The vote in each split: a voter names the size of its nearest training model."""
-    found = nearest(spectra.values, splits)
-    return [
-        Votes(spectra.sizes[models], spectra.sizes[split.train].unique())
-        for models, split in zip(found, splits, strict=True)
-    ]
+def votes_of(spectra: Spectra, splits: list[Split]) -> list[tuple[Tensor, Tensor]]:
+    """In each split the sizes of the nearest training models, int64 [voters, models]; and the sizes it has, rising."""
+    found = zip(nearest(spectra.values, splits), splits, strict=True)
+    return [(spectra.sizes[models], spectra.sizes[split.train].unique()) for models, split in found]
 
 
-def majority(votes: Votes) -> Prediction:
-    """The size with most votes; among equals the one that was voted first in the order of the voters."""
-    named, candidates = votes
+def majority(named: Tensor, candidates: Tensor) -> Prediction:
+    """The size that most voters name; among equals the one that was named first in the order of the voters."""
     ballots = named[:, :, None] == candidates  # [voters, models, sizes]
     counts = ballots.sum(0)
     first = ballots.to(torch.uint8).argmax(0)  # the first voter for a size
@@ -426,21 +393,22 @@ def majority(votes: Votes) -> Prediction:
     return Prediction(candidates[first.argmin(-1)], candidates, counts.double() / len(named))
 
 
-def nearest_size(answers: Tensor, candidates: Tensor) -> Tensor:
-    """The candidate nearest to each answer, the smaller one of two: int64, of the answers' shape."""
-    return candidates[(answers[..., None] - candidates).abs().argmin(-1)]
+def nearest_size(answers: Tensor, candidates: Tensor, in_log: bool = False) -> Tensor:
+    """The candidate nearest to each answer, or its logarithm, the smaller one of two: int64, of the answers' shape."""
+    x, y = (its.double().log() if in_log else its.double() for its in (answers, candidates))
+    return candidates[(x[..., None] - y).abs().argmin(-1)]
 
 
 def dsire(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """The paper's predictor: one 1-NN per voter, fitted on the training models, and the majority of their votes."""
-    return [majority(votes) for votes in votes_of(spectra, splits)]
+    return [majority(*votes) for votes in votes_of(spectra, splits)]
 
 
 def dsire_average(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """The same voters, but the training size nearest to the mean of what they name (Table 5, average vote)."""
     return [
-        replace(majority(votes), sizes=nearest_size(votes.named.double().mean(0), votes.candidates))
-        for votes in votes_of(spectra, splits)
+        replace(majority(named, candidates), sizes=nearest_size(named.double().mean(0), candidates))
+        for named, candidates in votes_of(spectra, splits)
     ]
 
 
@@ -455,50 +423,41 @@ def whole_model(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
 
 
 def ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
-    """Per voter a ridge regression from the spectrum to n, rounded to the nearest training size; majority (Table 5).
-
-    The paper doesn't give its regularisation. Singular values of A, B and BA differ by orders of magnitude, so they are
-    standardised, and then scikit-learn's default penalty of 1 is mild for 90 models and at most 32 features.
-    """
+    """Per voter a ridge regression from the spectrum to n, rounded to the nearest training size; majority (Table 5)."""
     from sklearn.linear_model import Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    # The paper doesn't give its regularisation. Singular values of A, B and BA differ by orders of magnitude, so they
+    # are standardised; scikit-learn's default penalty of 1 is mild then for 90 models and at most 32 features.
     return fitted_voters(lambda: make_pipeline(StandardScaler(), Ridge()), spectra, splits)
 
 
 def gda(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
-    """Per voter a Gaussian discriminant analysis of the spectrum; majority (Table 5).
-
-    Fifteen models of a size can't tell a covariance of its own for up to 32 singular values, so all sizes share one,
-    pooled over 90 models: linear discriminant analysis. scikit-learn's default solver (SVD) needs no inverse, which
-    nearly collinear singular values would spoil, and leaves nothing to tune.
-    """
+    """Per voter a Gaussian discriminant analysis of the spectrum; majority (Table 5)."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+    # Fifteen models of a size can't tell a covariance of its own for up to 32 singular values: all sizes share one. The
+    # default solver, SVD, needs no inverse, which near collinear values would spoil.
     return fitted_voters(LinearDiscriminantAnalysis, spectra, splits)
 
 
 def fitted_voters(new_estimator: Callable[[], Any], spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """The majority of the training sizes nearest to what one scikit-learn estimator per voter answers."""
-    x, sizes = spectra.values.numpy(), spectra.sizes
-
-    def vote(split: Split) -> Prediction:
-        train, test, known = split.train.numpy(), split.test.numpy(), sizes[split.train]
-        answers = [new_estimator().fit(its[train], known.numpy()).predict(its[test]) for its in x]
-        candidates = known.unique()
-        return majority(Votes(nearest_size(torch.tensor(np.stack(answers)), candidates), candidates))
-
+    x, y, found = spectra.values.numpy(), spectra.sizes.numpy(), []
     with one_thread_each(), asking("ridge or gda can't be fitted", "label more models, or give a larger --train_size"):
-        return [vote(split) for split in splits]
+        for train, test in splits:
+            answers = [new_estimator().fit(voter[train], y[train]).predict(voter[test]) for voter in x]
+            candidates = spectra.sizes[train].unique()
+            found.append(majority(nearest_size(torch.tensor(np.stack(answers)), candidates), candidates))
+    return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The protocol (Section 5)
+# ---- The protocol (Section 5) ---------------------------------------------------------------------------------------
 
 
 class Protocol(NamedTuple):
-    """How predictors are judged: so many experiments, so many micro-datasets to train on, and the seed of the draw."""
+    """So many experiments, each with so many micro-datasets drawn to train on, all others to test on."""
 
     experiments: int = 10
     train_size: int = 15
@@ -514,7 +473,6 @@ class Metrics(NamedTuple):
 
 
 def metrics(sizes: Tensor, predicted: Tensor) -> Metrics:
-    """Of predicted sizes, by the true ones."""
     errors = (predicted - sizes).abs().double()
     mape, accuracy = 100 * float((errors / sizes).mean()), 100 * float((errors == 0).double().mean())
     return Metrics(float(errors.mean()), mape, accuracy)
@@ -537,14 +495,7 @@ def split_by(trained: Tensor) -> Split:
 
 
 def judge(spectra: Spectra, runs: list[Split], predictions: list[Prediction]) -> list[Metrics]:
-    """The metrics of each split's predictions."""
     return [metrics(spectra.sizes[run.test], its.sizes) for run, its in zip(runs, predictions, strict=True)]
-
-
-def evaluate(spectra: Spectra, predictor: Predictor, protocol: Protocol) -> list[Metrics]:
-    """The paper's protocol: train on some micro-datasets, test on all others, several times over."""
-    runs = splits(spectra.micro_datasets, protocol)
-    return judge(spectra, runs, predictor(spectra, runs))
 
 
 def mean_and_std(experiments: list[Metrics]) -> dict[str, tuple[float, float]]:
@@ -554,18 +505,15 @@ def mean_and_std(experiments: list[Metrics]) -> dict[str, tuple[float, float]]:
     return dict(zip(Metrics._fields, zip(means, stds, strict=True), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Beyond the paper: one regression from all log spectra to log n
+# ---- Beyond the paper: one regression from all log spectra to log n -------------------------------------------------
 
 PENALTIES = tuple(10 ** (power / 2) for power in range(-8, 5))  # to choose from
 
 
 def log_ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
-    """One ridge regression from all log spectra to log n; answers the training size nearest in log.
-
-    Singular values shrink roughly as a power of n, so their logarithms are near linear in log n, in every voter; and a
-    regression knows what a classifier does not, that 4 lies between 3 and 5. Nothing is chosen on test models.
-    """
+    """One ridge regression from all log spectra to log n; answers the training size nearest in log."""
+    # Singular values shrink roughly as a power of n, so their logarithms are near linear in log n, in every voter; and
+    # a regression knows what a classifier does not, that 4 lies between 3 and 5. Nothing is chosen on test models.
     with one_thread_each():
         return [fitted_ridge(spectra.of_models(split.train), spectra.of_models(split.test))[0] for split in splits]
 
@@ -590,10 +538,8 @@ def whole_numbers(candidates: Tensor) -> Tensor:
 
 
 def fitted_ridge(train: Spectra, new: Spectra) -> tuple[Prediction, Prediction]:
-    """What `log_ridge` says of new models, and of each training model when its micro-dataset is left out.
-
-    But features are standardised, and recipes' distances taken, with all: of several recipes it is somewhat too good.
-    """
+    """What `log_ridge` says of new models, and of each training model when its micro-dataset is left out."""
+    # but features are standardised, and recipes' distances taken, with all: of several recipes it is somewhat too good
     x, z = log_features(train, new)
     kernel, cross = x @ x.T / x.shape[1], z @ x.T / x.shape[1]
     y, candidates = train.sizes.double().log(), train.sizes.unique()
@@ -696,11 +642,10 @@ PREDICTORS: dict[str, Predictor] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How sure: what is said of labelled models that were left out, beside a new model
+# ---- How sure: what is said of labelled models that were left out, beside a new model -------------------------------
 
 NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
-REASONS = "another recipe, another base of the same shape, or a size beyond the labelled ones"
+REASONS = "another recipe, another base of the same shape, or a size that is not labelled"
 UNTRAINED = "untrained: the change of the weights is zero in every layer, an estimate means nothing"
 
 
@@ -746,11 +691,6 @@ def how_good(fitted: Spectra, predictor: str) -> Metrics | None:
     return metrics(fitted.sizes, left_out.sizes) if fitted.count > 1 else None
 
 
-def nearest_in_log(sizes: Tensor, labelled: Tensor) -> Tensor:
-    """The labelled size nearest to each size, int64 [sizes]."""
-    return labelled[(sizes.double().log()[:, None] - labelled.double().log()).abs().argmin(1)]
-
-
 def conformal_p(fitted: Spectra, left_out: Prediction, new: Prediction, candidates: Tensor) -> Tensor:
     """The conformal p-value of each candidate size, int64 [sizes], for each new model: float64 [new, sizes].
 
@@ -766,7 +706,7 @@ def conformal_p(fitted: Spectra, left_out: Prediction, new: Prediction, candidat
 
     labelled = fitted.sizes.unique()
     true = conformity(left_out, labelled).gather(1, torch.searchsorted(labelled, fitted.sizes)[:, None]).flatten()
-    asked, compared_with = conformity(new, candidates), nearest_in_log(candidates, labelled)
+    asked, compared_with = conformity(new, candidates), nearest_size(candidates, labelled, in_log=True)
     p = torch.empty_like(asked)
     for size in labelled:
         models, columns = fitted.sizes == size, compared_with == size
@@ -779,8 +719,6 @@ def conformal_p(fitted: Spectra, left_out: Prediction, new: Prediction, candidat
 def check_recipe(fitted: Spectra, new: Spectra) -> tuple[Tensor, Tensor, int]:
     """Whether new models are farther from the nearest labelled recipe and size than left-out labelled ones are.
 
-    From each of the `group_distances` is taken what is usual in that group. Of the largest that is left,
-        p = (1 + how many left-out models are at least as far) / (1 + how many there are).
     Returns p [new], the number of a labelled model of the nearest group, int64 [new], and how many were left out.
     """
     known, groups, kinds = log_norms(fitted), fitted.groups, fitted.kinds
@@ -794,7 +732,7 @@ def check_recipe(fitted: Spectra, new: Spectra) -> tuple[Tensor, Tensor, int]:
             far_out[out], near_out[out] = group_distances(known[rest], groups[rest], known[out], kinds)
             compared[out] = True
     members, of_all = torch.nn.functional.one_hot(groups).double() * compared[:, None], far_out[compared].mean(0)
-    # the mean of a group's left-out models, with that of all as that of four more
+    # taken from each distance: what is usual in its group, its left-out models' mean, with that of all as of four more
     usual = (members.T @ far_out + 4 * of_all) / (members.sum(0)[:, None] + 4)
     most, most_out = (far - usual[near]).amax(1), (far_out - usual[near_out]).amax(1)[compared]
     p = (1 + (most_out >= most[:, None] - 1e-9).sum(1)) / (1 + len(most_out))  # 1 where none is compared
@@ -852,7 +790,7 @@ def estimates(fitted: Spectra, files: list[Spectra], predictor: str, confidence:
     interval, several = predictor == "log-regression", fitted.count > 1  # of a single one nothing was left out
     candidates = whole_numbers(answer.candidates) if interval else answer.candidates
     held = conformal_p(fitted, left_out, answer, candidates) > 1 - confidence + 1e-9
-    named, told = (nearest_in_log(its.sizes, answer.candidates) for its in (answer, left_out))
+    named, told = (nearest_size(its.sizes, answer.candidates, in_log=True) for its in (answer, left_out))
     found = []
     for row, (file, beyond) in enumerate(zip(files, what_is_beyond(fitted, new), strict=True)):
         shares = dict(zip(answer.candidates.tolist(), answer.shares[row].tolist(), strict=True))
@@ -867,7 +805,6 @@ def estimates(fitted: Spectra, files: list[Spectra], predictor: str, confidence:
 
 
 def with_remarks(one: Estimate, file: Spectra, fitted: Spectra, beyond: list[str], unlike: bool) -> Estimate:
-    """The estimate with all that is to be said of it."""
     if UNTRAINED in file.first:
         return Estimate(one.file, "untrained", stated_size=one.stated_size, first=file.first, notes=file.notes)
     first, notes, strange = [*file.first], [*file.notes], one.recipe_p is not None and one.recipe_p <= NOT_COMPARABLE
@@ -902,7 +839,7 @@ def what_can_be_supported(fitted: Spectra, confidence: float) -> list[str]:
     return notes
 
 
-SUBSETS_THAT_FIT = {  # LoRA-WiSE's, by the width of the text that cross-attention looks at, and the rank
+SUBSETS_THAT_FIT = {  # LoRA-WiSE's, by width and rank
     (768, 8): "low_8",
     (768, 16): "low_16 medium_16",
     (768, 32): "low_32 medium_32 high_32",
@@ -947,29 +884,25 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
 
 def what_they_are(file: Spectra, fitted: Spectra) -> str:
     """The kind of a file's model and of the labelled ones, and what to do about it."""
-    kinds, theirs = (  # the width of the text and the rank, of the layers that look at it
-        {(shape[1], shape[-1]) for layer, shape in its.shapes.items() if layer.endswith("attn2_to_k")}
-        for its in (file, fitted)
-    )
+    (its, looks), (theirs, their_looks) = kind_of_model(file.shapes), kind_of_model(fitted.shapes)
     advice = "label models of its own kind (README, Your own LoRA)"
-    if fits := [SUBSETS_THAT_FIT[kind] for kind in sorted(kinds - theirs) if kind in SUBSETS_THAT_FIT]:
+    if fits := [SUBSETS_THAT_FIT[look] for look in sorted(looks - their_looks) if look in SUBSETS_THAT_FIT]:
         advice = f"use --subset with one of: {' '.join(fits)}"
     elif "BA" in {*fitted.kinds} - {*file.kinds}:
         advice = f"of a {file.method} the change of its weights is known if --base gives the model it began as"
-    return f"it has {kind_of_model(file.shapes)}, they have {kind_of_model(fitted.shapes)}: {advice}"
+    return f"it has {its}, they have {theirs}: {advice}"
 
 
-def kind_of_model(shapes: dict[str, list[int]]) -> str:
-    """What a set of layers looks like, for messages: layers, ranks, and the width of the cross-attention."""
+def kind_of_model(shapes: dict[str, list[int]]) -> tuple[str, set[tuple[int, int]]]:
+    """What layers look like, for messages; and the widths of the text that cross-attention looks at, with the rank."""
+    looks = {(shape[1], shape[-1]) for layer, shape in shapes.items() if layer.endswith("attn2_to_k")}
     ranks = " ".join(map(str, sorted({shape[2] for shape in shapes.values() if len(shape) > 2})))
-    widths = sorted({shape[1] for layer, shape in shapes.items() if layer.endswith("attn2_to_k")})
-    names = ", ".join(f"{width}{SD_OF_WIDTH.get(width, '')}" for width in widths)
-    of_rank, of_width = f" of rank {ranks}" if ranks else "", f", cross-attention width {names}" if names else ""
-    return f"{counted(len(shapes), 'layer')}{of_rank}{of_width}"
+    widths = ", ".join(f"{width}{SD_OF_WIDTH.get(width, '')}" for width in sorted({width for width, _ in looks}))
+    of_rank, of_width = f" of rank {ranks}" if ranks else "", f", cross-attention width {widths}" if widths else ""
+    return f"{counted(len(shapes), 'layer')}{of_rank}{of_width}", looks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Everything compared, on the splits of the protocol
+# ---- Everything compared, on the splits of the protocol -------------------------------------------------------------
 
 
 class Table(NamedTuple):
@@ -980,7 +913,6 @@ class Table(NamedTuple):
     rows: list[list[Any]]  # a cell is a text, a number, a mean with its standard deviation, or None for nothing
 
     def lines(self) -> list[str]:
-        """An empty line, the title, and columns as wide as what stands in them."""
         cells = [self.heads, *([*map(cell_text, row)] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
@@ -999,11 +931,9 @@ def means_table(title: str, heads: list[str], rows: dict[str, Tensor], numbers: 
     return Table(title, heads, [[name, *(None if x != x else x for x in its)] for name, its in means.items()])
 
 
-def metrics_table(
-    title: str, rows: dict[str, list[Metrics]], paper: Paper, differences: bool, of: str = "predictor"
-) -> Table:
+def metrics_table(title: str, rows: dict[str, list[Metrics]], paper: Paper, of: str = "predictor") -> Table:
     """Mean and standard deviation over experiments, how far the MAE is above dsire's, and the paper's values."""
-    quoted, table = any(name in paper for name in rows), []
+    quoted, differences, table = any(name in paper for name in rows), "dsire" in rows and len(rows) > 1, []
     for name, its in rows.items():
         row: list[Any] = [name, *mean_and_std(its).values()]
         if differences:
@@ -1019,7 +949,8 @@ def by_train_size(spectra: Spectra, predictor: Predictor, protocol: Protocol) ->
     """The metrics with fewer micro-datasets to train on, up to as many as the protocol says (Figure 5)."""
     fewest = 2 if predictor is gda else 1  # a discriminant analysis needs more models than sizes
     counts = [n for n in (1, 2, 3, 5, 10) if fewest <= n < protocol.train_size] + [protocol.train_size]
-    return {str(n): evaluate(spectra, predictor, protocol._replace(train_size=n)) for n in counts}
+    runs = {n: splits(spectra.micro_datasets, protocol._replace(train_size=n)) for n in counts}
+    return {str(n): judge(spectra, its, predictor(spectra, its)) for n, its in runs.items()}
 
 
 Paper = dict[str, Any]  # row -> mean and standard deviation of each of the Metrics
@@ -1075,7 +1006,6 @@ def compare(spectra: Spectra, protocol: Protocol, paper: Paper) -> tuple[list[Ta
     answers = in_parallel(lambda ask: ask(runs), [*asks.values()], at_once=1, name="predictors")
     found = dict(zip(asks, answers, strict=True))
     judged = {name: judge(spectra, runs, its) for name, its in found.items()}
-    growth = by_train_size(spectra, dsire, protocol)
 
     def of_all(ask: Callable[[Split], Tensor]) -> Tensor:
         return torch.cat(in_parallel(ask, runs, at_once=1, name="how sure"))
@@ -1086,10 +1016,9 @@ def compare(spectra: Spectra, protocol: Protocol, paper: Paper) -> tuple[list[Ta
     inner = {"between two others": torch.isin(spectra.sizes[asked], sizes[1:-1])}
     heads = ["images", *SURE]
     unlabelled = of_all(partial(if_unlabelled, spectra))
-    note = "± the standard deviation over experiments; of differences, the standard error"
     tables = [
-        metrics_table(note, judged, paper, differences=True),
-        metrics_table("dsire by training micro-datasets", growth, {}, False, "to train"),
+        metrics_table("± the standard deviation over experiments; of differences, the standard error", judged, paper),
+        metrics_table("dsire by training micro-datasets", by_train_size(spectra, dsire, protocol), {}, "to train"),
         means_table("dsire by dataset size", heads[:-1], rows, voted[:, :-1]),
         means_table("log-ridge by dataset size", heads, rows, fitted),
         means_table("models of a size that is not labelled", ["images", *UNLABELLED], rows | inner, unlabelled),
@@ -1103,8 +1032,7 @@ def compare(spectra: Spectra, protocol: Protocol, paper: Paper) -> tuple[list[Ta
     return tables, found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The names of matrices, whoever wrote them
+# ---- The names of matrices, whoever wrote them ----------------------------------------------------------------------
 
 # A layer's path, and the part that a key names. LoRA-WiSE and old diffusers: .lora.down.weight; kohya and LyCORIS:
 # .lora_down.weight, .hada_w1_a; PEFT: .lora_A.<adapter>.weight; loralib: .lora_A; a full model: .weight. Left out are
@@ -1214,8 +1142,7 @@ def lora_layers(keys: list[str], base: Weights | None = None, folder: str = "") 
     raise NoLora(f"{why}; no layer in common with the base, such as {shown(min(base.layers))}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers, of parquet (the layout of LoRA-WiSE) and of files; models as one
+# ---- Layers, of parquet (the layout of LoRA-WiSE) and of files; models as one ---------------------------------------
 
 LABELS = ("label", "name", "recipe")  # the columns about a model
 
@@ -1273,9 +1200,8 @@ def model_labels(table: Any) -> tuple[Tensor, list[Any], list[str]]:
     wrong += [("name", repr(name)) for name in found["name"] if type(name) not in (int, str)]
     wrong += [("recipe", "None") for recipe in found.get("recipe", []) if recipe is None]
     for column, value in wrong:
-        raise DsireError(
-            f"column {column} holds {shown(value)}: sizes are whole numbers from 1 up, names text or integers"
-        )
+        needs = "sizes are whole numbers from 1 up, names text or integers"
+        raise DsireError(f"column {column} holds {shown(value)}: {needs}")
     sizes = torch.tensor([dataset_size(label) for label in found["label"]])
     return sizes, found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
@@ -1290,15 +1216,14 @@ def shard_spectra(path: Path, rank: int, device: str = "cpu") -> Spectra:
     sizes, names, recipes = model_labels(labels)
     models = [f"model {shown(name)} of size {size}" for name, size in zip(names, sizes.tolist(), strict=True)]
     layers, others = lora_layers(columns)
-
+    unused = ", ".join(shown(name) for name in others if name not in LABELS)
+    notes = [f"columns that are not LoRA weights, left out: {unused}"] if unused else []
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     largest = 8 * max(sum(its.column(i).num_values for its in groups) for i in range(metadata.num_columns))
     one_layer = partial(pair_spectra, path, metadata, rank, device, models)
     found = in_parallel(one_layer, [*layers.values()], max(1, BYTES_AT_ONCE // max(1, 2 * largest)))
-    unused = sorted(set(others) - {*LABELS})
-    notes = [f"columns that are not LoRA weights, left out: {' '.join(map(shown, unused))}"] if unused else []
-    of_layers = dict(zip(layers, found, strict=True))
-    return as_spectra(of_layers, sizes=sizes, names=names, notes=notes, recipes=recipes)
+    about = {"sizes": sizes, "names": names, "recipes": recipes, "notes": notes}
+    return as_spectra(dict(zip(layers, found, strict=True)), **about)
 
 
 def pair_spectra(path: Path, metadata: Any, rank: int, device: str, models: list[str], parts: dict[str, str]) -> Layer:
@@ -1361,19 +1286,17 @@ def join(parts: list[Spectra], names: list[str]) -> Spectra:
 
 
 def what_is_unusual(spectra: Spectra) -> list[str]:
-    """Sentences about what a user might not expect in the models: missing sizes, models that are there twice."""
+    """Notes on models that are there twice, and on micro-datasets that lack a size."""
     models = Counter(zip(spectra.names, spectra.sizes.tolist(), spectra.of_recipe.tolist(), strict=True))
     twice, there = len(spectra.names) - len(models), Counter(name for name, _ in {model[:2] for model in models})
     notes = [f"{counted(twice, 'model')} of the micro-dataset and size of another one; all are kept"] if twice else []
-    lacking = sorted(str(name) for name in there if there[name] < len(spectra.sizes.unique()))
-    if lacking:
-        some = shown(", ".join(lacking))
-        notes.append(f"{counted(len(lacking), 'micro-dataset')} without a model of each size: {some}")
+    lack = sorted(str(name) for name in there if there[name] < len(spectra.sizes.unique()))
+    if lack:
+        notes.append(f"{counted(len(lack), 'micro-dataset')} without a model of each size: {shown(', '.join(lack))}")
     return notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening files: what people hold on disk
+# ---- Opening files: what people hold on disk ------------------------------------------------------------------------
 
 SAFE_ENDINGS = (".safetensors",)
 PICKLE_ENDINGS = (".bin", ".pt", ".ckpt", ".pth")
@@ -1405,12 +1328,6 @@ class Weights:
     def layers(self) -> dict[str, str]:
         """Layer -> key of its weights, of a full model."""
         return {layer: parts["weight"] for layer, parts in layers_of(self.readers).items() if "weight" in parts}
-
-    @property
-    def identity(self) -> str:
-        """What changes with the files, for the keys of the cache."""
-        facts = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def matrix(self, key: str, least_dimensions: int = 2) -> Tensor:
         """A tensor of finite floating point numbers as float64; of any real ones where it may have no dimension."""
@@ -1511,10 +1428,8 @@ def open_model(path: Path, called: str = "") -> Weights:
     places: dict[str, Path] = {}
     model = Weights(sorted({part for file in files for part in parts_of(file)}), {}, {}, called)
     for file in model.files:
-        try:
+        with naming(file.name) if len(model.files) > 1 else nullcontext():
             readers, header = opened(file)
-        except DsireError as error:
-            raise DsireError(f"{file.name}: {error}" if len(model.files) > 1 else str(error)) from error
         model.header.update(header)
         network = network_of(f"{file.parent.name}.x") if whole else ""  # in its folder keys leave it out
         for key, reader in readers.items():
@@ -1525,16 +1440,7 @@ def open_model(path: Path, called: str = "") -> Weights:
     return model
 
 
-def open_base(path: Path) -> Weights:
-    """Open the model that fine-tunes began as."""
-    base = open_model(path, "the base: ")
-    if not base.layers:
-        raise DsireError(f"holds no weight matrices of a model ({' '.join(WEIGHT_ENDINGS)})")
-    return base
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a layer's parts, and what scales them, to its spectra; a file; which files of a folder are models
+# ---- From a layer's parts, and what scales them, to its spectra; a file; which files of a folder are models ---------
 
 FOREIGN = 0.7  # of the norm of the base's weights: what has changed by more was never fine-tuned from them
 IS_ZERO = "the change of the weights is zero"
@@ -1626,9 +1532,8 @@ def factors(tensors: dict[str, Tensor], row: tuple[str, str, str, str], turned: 
 def dora_change(b: Tensor, a: Tensor, scale: float, old: Tensor, magnitude: Tensor) -> Tensor:
     """DoRA's change of the weights W₀ (Liu et al. 2024), m (W₀ + s B A) / |W₀ + s B A| - W₀, by rows: [out, in k k]."""
     merged = old + scale * b @ a
-    norms = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
-    change: Tensor = merged * (magnitude.view(len(old), 1) / norms.masked_fill(norms == 0, 1)) - old
-    return change
+    norms: Tensor = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+    return merged * (magnitude.view(len(old), 1) / norms.masked_fill(norms == 0, 1)) - old
 
 
 def adapter_layer(
@@ -1649,10 +1554,9 @@ def adapter_layer(
     stated = scale_of(weights, parts, said, rank)
     scale = 1.0 if stated is None else stated
     b, a = products[0]
-    shape, spectra = [len(b), a.shape[1]], {}
+    shape, spectra = [len(b), a.shape[1]] + [len(a)] * of_lora, {}
     if of_lora:
         of_a, of_b, change = lora_spectra(a, b)
-        shape.append(len(a))
         spectra = {part: of_a if part == "A" else of_b for part in parts if part in "AB"}
     else:
         change = product_spectrum(b, a, count)
@@ -1706,10 +1610,7 @@ def full_layer(weights: Weights, key: str, base: Weights, of_base: str, count: i
 
 
 def file_spectra(path: Path, base: Weights | None = None, count: int = LARGEST, device: str = "cpu") -> Spectra:
-    """The spectra of one file: a single model, whose size is what the file itself states (0 if it doesn't).
-
-    Without its `base` no full model is judged; `count` is how many singular values of a change are kept.
-    """
+    """The spectra of one model, its size what the file states (0 if nothing); of a change so many values are kept."""
     weights = open_model(path)
     keys, others = lora_layers([*weights.readers], base, path.parent.name)
     full = any("weight" in parts for parts in keys.values())
@@ -1719,12 +1620,12 @@ def file_spectra(path: Path, base: Weights | None = None, count: int = LARGEST, 
         parts, of_base = keys[layer], base.layers.get(layer, "") if base else ""
         with asking(f"the spectra of {' and '.join(map(shown, parts.values()))} can't be computed"):
             if base and full:
-                found = full_layer(weights, parts["weight"], base, of_base, count, device)
+                its = full_layer(weights, parts["weight"], base, of_base, count, device)
             else:
-                found = adapter_layer(weights, parts, settings[network_of(layer)], base, of_base, count)
-            if not all(its.isfinite().all() for its in found.spectra.values()):
+                its = adapter_layer(weights, parts, settings[network_of(layer)], base, of_base, count)
+            if not all(spectrum.isfinite().all() for spectrum in its.spectra.values()):
                 raise FloatingPointError("numbers too large to multiply")
-        return found
+        return its
 
     found = in_parallel(layer_of, [*keys], 4 if base else 1)  # whole matrices are worth a thread each, and take memory
     every = dict(zip(keys, found, strict=True))
@@ -1738,8 +1639,7 @@ def file_spectra(path: Path, base: Weights | None = None, count: int = LARGEST, 
     if 2 * sum(remark == IS_FOREIGN for _, remark in remarks) > len(layers):
         raise DsireError(f"is no fine-tune of this base: {IS_FOREIGN} in most layers")
     if others:
-        such = f"as not of LoRA's matrices, such as {shown(min(others))}"
-        notes.append(f"{counted(len(others), 'tensor')} set aside, {such}")
+        notes.append(f"{counted(len(others), 'tensor')} set aside, not LoRA's matrices, such as {shown(min(others))}")
     if base and not full and not any(its.method == "DoRA" for its in layers.values()):
         notes.append("--base is not used: the file holds the change of the weights itself")
     if any(len(text) > LONGEST_TEXT for text in weights.header.values()):
@@ -1750,10 +1650,8 @@ def file_spectra(path: Path, base: Weights | None = None, count: int = LARGEST, 
 
 
 def stated_size(header: dict[str, str]) -> int:
-    """The number of training images that kohya's metadata state, without repeats; 0 if they don't.
-
-    A folder counts once, in however many resolutions it is used: in several of ss_datasets, or as "cat", "cat (2)".
-    """
+    """The number of training images that kohya's metadata state, without repeats; 0 if they don't."""
+    # a folder counts once, in however many resolutions it is used: in several of ss_datasets, or as "cat", "cat (2)"
     sizes = []
     with suppress(AttributeError, KeyError, TypeError):  # it is not as kohya writes it
         most: dict[tuple[Any, int], int] = {}  # how many folders there are of a name and a number of images
@@ -1805,8 +1703,7 @@ def model_files(folder: Path, base: Weights | None = None) -> tuple[list[Path], 
     return sorted(models), others
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the weights come from: a folder, the Hub, or a file of spectra; and the cache of spectra
+# ---- Where the weights come from: a folder, the Hub, or a file of spectra; and the cache of spectra -----------------
 
 REPOSITORY = re.compile(r"(?:https://huggingface\.co/(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)/?(?::(.+))?")
 PATIENCE = 60  # seconds that the Hub may be silent
@@ -1855,7 +1752,7 @@ def find_source(
             raise DsireError("can't be right: control characters in names, or a model without a size")
         if subset not in (None, told[1]):
             raise DsireError(f"holds subset {told[1]}, not {subset}: leave --subset out")
-    note = f"{dataset} holds spectra, not models: of {' '.join(told)}; its digest is {about['digest']}"
+    note = f"{dataset} holds spectra, not models: of {' '.join(filter(None, told))}; its digest is {about['digest']}"
     shard = Shard(str(file.absolute()), file.stat().st_size, about["digest"])
     return Source(told[0], told[1], told[2], [shard], [note], "spectra")
 
@@ -1882,11 +1779,13 @@ def folder_source(folder: Path, subset: str | None, base: Weights | None) -> Sou
         raise DsireError(f"--dataset={folder} holds {found} write metadata.csv with file_name, label, name")
     elif folder == SHIPPED:  # which needs neither `datasets` nor the time to import it
         shipped = [name for name in names if str(Path(name).parent) == source.subset.replace("_", "/")]
+    stats = [(str(its.absolute()), its.stat().st_size, its.stat().st_mtime_ns) for its in base.files] if base else []
+    began_as = f"-{fingerprint(stats)}" if base and labels else ""
     for name in shipped or names:
         file = folder / name
         beside = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
         facts = [part.stat() for part in dict.fromkeys([file, *beside])]  # of all that decides its spectra
-        version = "-".join(str(fact.st_mtime_ns) for fact in facts) + (f"-{base.identity}" if base and labels else "")
+        version = "-".join(str(fact.st_mtime_ns) for fact in facts) + began_as
         source.shards.append(Shard(name, sum(fact.st_size for fact in facts), version))
     return source if labels or shipped else files_of_subset(source, folder / "README.md")
 
@@ -2081,11 +1980,14 @@ def files_to_predict(item: str, cache: Path, base: Weights | None = None) -> tup
     return {name[file]: file for file in models}, {name[file]: why for file, why in others.items()}
 
 
-def open_base_of(item: str, cache: Path) -> Weights:
-    """The model that the user means by --base: a file, a folder or a Hub repository."""
+def open_base(item: str, cache: Path = CACHE) -> Weights:
+    """The model that fine-tunes began as: a file, a folder or a Hub repository."""
     place, _ = located(item, cache)
     with naming(f"--base={item}"):
-        return open_base(place)
+        base = open_model(place, "the base: ")
+        if not base.layers:
+            raise DsireError(f"holds no weight matrices of a model ({' '.join(WEIGHT_ENDINGS)})")
+    return base
 
 
 def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
@@ -2211,7 +2113,7 @@ def subset_spectra(
 def cached(path: Path) -> Spectra | None:
     """Spectra from the cache; None if they aren't there, or damaged."""
     with suppress(DsireError):
-        return read_spectra(path)[0] if path.exists() else None
+        return read_spectra(path)[0]
     return None
 
 
@@ -2262,15 +2164,14 @@ def prepared(source: Source, cache: Path, missing: dict[Shard, Path], shard: Sha
         return held.pop_all(), path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report: what is printed, as lines, what is written for programs, and pictures: the paper's Figures 2 to 6
+# ---- The report: what is printed, as lines, what is written for programs, and pictures: the paper's Figures 2 to 6 --
 
 
 def about_models(spectra: Spectra, subset: str, how: str) -> list[str]:
     """What the labelled models are, how they are used, and what is to be said of them."""
     sizes = " ".join(str(size) for size in spectra.sizes.unique().tolist())
     models, sets = counted(len(spectra.names), "model"), counted(spectra.count, "micro-dataset")
-    kind = kind_of_model({voter.layer: spectra.shapes[voter.layer] for voter in spectra.voters})
+    kind, _ = kind_of_model({voter.layer: spectra.shapes[voter.layer] for voter in spectra.voters})
     method = "" if spectra.method == "LoRA" else f"{spectra.method}, "
     voters = f"{kind}; {method}matrices {' '.join(spectra.kinds)}, so {counted(len(spectra.voters), 'voter')}"
     return [f"{subset}: {models}, {sets}, sizes {sizes}", voters, how, *(f"note: {note}" for note in spectra.notes)]
@@ -2413,9 +2314,8 @@ def estimates_figure(plt: Any, judged: list[Judged], predictor: str) -> Any:
     for line, (estimate, file, labelled) in enumerate(judged):
         sizes, recipes = labelled.sizes.unique(), sorted({*labelled.recipes}) or ["labelled models"]
         places = torch.searchsorted(sizes, labelled.sizes) + 0.6 * (labelled.of_recipe + 0.5) / len(recipes) - 0.3
-        held: Sequence[int] = estimate.confidence_set if estimate.status == "ok" else []
-        if held and predictor == "log-regression":
-            held = range(held[0], held[-1] + 1)
+        ends = estimate.confidence_set if estimate.status == "ok" else []
+        held: Sequence[int] = range(ends[0], ends[-1] + 1) if ends and predictor == "log-regression" else ends
         for column, (matrix, voters) in enumerate(file.kinds.items(), start=1):
             axis = figure.add_subplot(len(judged), width, line * width + column)
             if column == 1:
@@ -2436,13 +2336,11 @@ def estimates_figure(plt: Any, judged: list[Judged], predictor: str) -> Any:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line -----------------------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        """One line, as of every other error."""
         raise DsireError(f"{message} (see --help)")
 
 
@@ -2451,7 +2349,6 @@ def path_of(text: str) -> Path:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The options, in groups."""
     protocol, about = Protocol(), str(__doc__).partition("The script reads")[0]
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser = OneLineParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -2549,37 +2446,36 @@ def labelled_models(arguments: argparse.Namespace, base: Weights | None) -> tupl
     return spectra, settings | asdict(source) | {"rank": width}
 
 
-def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, Any], lines: list[str]) -> None:
-    """Evaluate, compare and draw what the arguments ask for; what is to be printed is added to the lines."""
+def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, Any]) -> Iterator[str]:
+    """What is to be printed of an evaluation; write and draw what is asked for."""
     name, subset = arguments.predictor, settings["subset"]
     protocol = Protocol(arguments.experiments, arguments.train_size, arguments.seed)
     runs = splits(spectra.micro_datasets, protocol)
-    as_there = (len({*arguments.matrices}), *protocol) == (3, *Protocol())
-    same = as_there and "lora-wise" in settings["dataset"].lower()
+    same = (len({*arguments.matrices}), *protocol) == (3, *Protocol()) and "lora-wise" in settings["dataset"].lower()
     paper = {row: values for (of, row), values in PAPER.items() if of == subset and same}
     if arguments.compare:
         tables, found = compare(spectra, protocol, paper)
     else:
         found = {name: PREDICTORS[name](spectra, runs)}
-        tables = [metrics_table("", {name: judge(spectra, runs, found[name])}, paper, differences=False)]
+        tables = [metrics_table("", {name: judge(spectra, runs, found[name])}, paper)]
     different = len({tuple(run.train.tolist()) for run in runs})
     if different < len(runs):
         spectra.notes.append(f"only {different} of the {len(runs)} experiments are different ones")
     to_train = f"{counted(protocol.train_size, 'micro-dataset')} to train"
     how = f"{counted(len(runs), 'experiment')}: {to_train}, {spectra.count - protocol.train_size} to test"
-    lines += about_models(spectra, subset, how) + [line for table in tables for line in table.lines()]
+    yield from about_models(spectra, subset, how)
+    yield from (line for table in tables for line in table.lines())
     if arguments.output:
         heads = ("experiment", "name", "size", "predicted", "vote_share", "predictor")[: 5 + arguments.compare]
         experiments = [its._asdict() for its in judge(spectra, runs, found[name])]
         details = {"notes": spectra.notes, "experiments": experiments, "tables": [table._asdict() for table in tables]}
-        rows: list[list[Any]] = []  # for each test model of each experiment and predictor
-        for predictor, predictions in found.items():
-            for number, (run, its) in enumerate(zip(runs, predictions, strict=True), start=1):
-                told = zip(run.test.tolist(), its.sizes.tolist(), its.shares.amax(-1).tolist(), strict=True)
-                for model, size, share in told:
-                    rows.append([number, spectra.names[model], int(spectra.sizes[model]), size, share, predictor])
-        text = csv_text(heads, rows)
-        lines += write_files(arguments.output, "predictions.csv", text, settings, details)
+        rows = (
+            [number, spectra.names[model], int(spectra.sizes[model]), size, share, predictor]
+            for predictor, predictions in found.items()
+            for number, (run, its) in enumerate(zip(runs, predictions, strict=True), start=1)
+            for model, size, share in zip(*map(Tensor.tolist, (run.test, its.sizes, its.shares.amax(-1))), strict=True)
+        )
+        yield from write_files(arguments.output, "predictions.csv", csv_text(heads, rows), settings, details)
     if arguments.plots:
         title = f"{name} on {subset}, {len(spectra.names)} models"
         true = spectra.sizes[torch.cat([run.test for run in runs])]
@@ -2589,7 +2485,7 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
             "spectra": lambda plt: spectra_figure(plt, spectra),
             "training": lambda plt: training_figure(plt, by_train_size(spectra, PREDICTORS[name], protocol), title),
         }
-        lines += draw(arguments.output, figures)
+        yield from draw(arguments.output, figures)
 
 
 Asked = dict[str, Path | str | Exception]  # name -> a file, or why it is left out, or why it is refused
@@ -2619,14 +2515,9 @@ def judged_files(asked: Asked, fitted: Spectra, arguments: argparse.Namespace, b
 
 
 def predict(
-    arguments: argparse.Namespace,
-    fitted: Spectra,
-    settings: dict[str, Any],
-    asked: Asked,
-    base: Weights | None,
-    lines: list[str],
-) -> None:
-    """An estimate for each file that can be read; it, and what is to be said of the others, is added to the lines."""
+    arguments: argparse.Namespace, fitted: Spectra, settings: dict[str, Any], asked: Asked, base: Weights | None
+) -> Iterator[str]:
+    """What is to be printed of each file that can be read, and of the others; write and draw what is asked for."""
     name, judged = arguments.predictor, judged_files(asked, fitted, arguments, base)
     found = [estimate for estimate, *_ in judged]
     left_out = [f"{file}: {why}" for file, why in asked.items() if isinstance(why, str)]
@@ -2640,24 +2531,25 @@ def predict(
         how += f": of left-out labelled models it tells {good.accuracy:.0f} % right, MAE {good.mae:.2f} images"
     counts = Counter(note for _, file, _ in judged for note in file.notes)
     shared = {note: count for note, count in counts.items() if count > 1 and 2 * count > len(found)}
-    lines += about_models(fitted, settings["subset"], how)
-    lines += [f"note on {count} of {len(found)} files: {note}" for note, count in shared.items()]
-    lines += [line for one in found for line in estimate_lines(one, name, arguments.confidence, shared)]
+    yield from about_models(fitted, settings["subset"], how)
+    yield from (f"note on {count} of {len(found)} files: {note}" for note, count in shared.items())
+    for one in found:
+        yield from estimate_lines(one, name, arguments.confidence, shared)
     if arguments.output:
         reasons = {file: str(why) for file, why in asked.items() if not isinstance(why, Path)}
         found += [Estimate(file, "refused", notes=[why]) for file, why in reasons.items()]
         rows = [estimate_row(estimate, name) for estimate in found]
         text = csv_text(ESTIMATES, ([row[head] for head in ESTIMATES] for row in rows))
         details = {"notes": fitted.notes, "estimates": rows}
-        lines += write_files(arguments.output, "estimates.csv", text, settings, details)
+        yield from write_files(arguments.output, "estimates.csv", text, settings, details)
     if arguments.plots and judged:
-        lines += draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, judged[:PICTURED], name)})
+        yield from draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, judged[:PICTURED], name)})
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit code, 2 if some of what was asked could not be had."""
     notes, is_first = settle(arguments), not process_rank()
-    base = open_base_of(arguments.base, arguments.cache_dir) if arguments.base else None
+    base = open_base(arguments.base, arguments.cache_dir) if arguments.base else None
     items = arguments.predict if arguments.predict and is_first else []
     asked: Asked = {}
     for item in items:  # before a subset is fetched for nothing
@@ -2671,15 +2563,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     spectra, settings = labelled_models(arguments, base)
     spectra.notes[:0] = notes
+    said = predict(arguments, spectra, settings, asked, base) if items else report(arguments, spectra, settings)
     lines: list[str] = []
     try:  # files are written before anything is printed, in case nobody reads it; what is found is printed in any case
-        if items:
-            predict(arguments, spectra, settings, asked, base, lines)
-        elif is_first:
-            report(arguments, spectra, settings, lines)
+        lines.extend(said if is_first else [])  # one by one
     finally:
         say(*lines)
-    print(end="", flush=True)
     return 2 if any(isinstance(its, Exception) for its in asked.values()) else 0
 
 
@@ -2711,6 +2600,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     gc.freeze()  # what was imported is no garbage: to search it again and again, and at the exit, takes a second
-    exit_code = main()
-    gc.freeze()
-    sys.exit(exit_code)
+    sys.exit(main())

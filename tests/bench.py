@@ -150,10 +150,15 @@ def neighbours(spectra: dsire.Spectra, protocol: dsire.Protocol) -> list[list[in
     return answers
 
 
+def evaluate(spectra: dsire.Spectra, protocol: dsire.Protocol) -> list[dsire.Metrics]:
+    runs = dsire.splits(spectra.micro_datasets, protocol)
+    return dsire.judge(spectra, runs, dsire.dsire(spectra, runs))
+
+
 def big_evaluation() -> None:
     """10,000 models by 384 voters, one experiment, in this process: printed are seconds and peak memory."""
     spectra = random_spectra(10_002, 32)
-    took = seconds(lambda: dsire.evaluate(spectra, dsire.dsire, dsire.Protocol(experiments=1, train_size=500)))
+    took = seconds(lambda: evaluate(spectra, dsire.Protocol(experiments=1, train_size=500)))
     print(f"{took:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
 
 
@@ -194,7 +199,7 @@ def bench_evaluation() -> None:
     runs = dsire.splits(spectra.micro_datasets, protocol)
     found = [its.sizes.tolist() for its in dsire.dsire(spectra, runs)]
     expected = neighbours(spectra, protocol)
-    ours, plain = fastest(lambda: dsire.evaluate(spectra, dsire.dsire, protocol), lambda: neighbours(spectra, protocol))
+    ours, plain = fastest(lambda: evaluate(spectra, protocol), lambda: neighbours(spectra, protocol))
     row("ten experiments, 300 models × 384 voters × rank 32", f"{ours:.2f} s", "≤ 1 s")
     ratio_row("the same with a `KNeighborsClassifier` per voter / ours", plain, ours, "≥ 10")
     equal = sum(x == y for one, other in zip(found, expected, strict=True) for x, y in zip(one, other, strict=True))
@@ -221,7 +226,7 @@ def bench_full_fine_tune(folder: Path) -> None:
         for key, tensor in new.items():
             torch.linalg.svdvals(tensor.double() - old[key].double())
 
-    one, other = fastest(lambda: dsire.file_spectra(file, dsire.open_base(base)), plain, turns=2)
+    one, other = fastest(lambda: dsire.file_spectra(file, dsire.open_base(str(base))), plain, turns=2)
     what = "a full fine-tune of SD 1.5's 128 attention matrices / `svdvals` of each change"
     ratio_row(what, one, other, "< 1")
 

@@ -1,7 +1,7 @@
 """What the tests share: folders in LoRA-WiSE's layout, the command run in this process, and a Hub that stands in."""
 
-from __future__ import annotations
-
+import csv
+import io
 import itertools
 import json
 import os
@@ -47,6 +47,7 @@ settings.load_profile("same every time")
 
 Model = tuple[Any, int]  # name and size
 LAYERS = ("unet.down_blocks.0.attn1.to_q", "unet.mid_block.attn2.to_k", "unet.up_blocks.1.attn1.to_out.0")
+LABELLED = list(itertools.product("abc", (10, 20, 30)))
 RANK = 4
 BOMB = "a0: &a0 [x,x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
 
@@ -111,11 +112,11 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.parquet"))
 
 
-def write_labelled(folder: Path, names: str = "abc", sizes: Sequence[int] = (10, 20, 30)) -> Path:
-    """A LoRA file a10.safetensors for each name and size, with metadata.csv."""
+def write_labelled(folder: Path, models: Iterable[Model] = LABELLED) -> Path:
+    """A LoRA file a10.safetensors for each model, with metadata.csv."""
     rows = ["file_name,label,name"]
     folder.mkdir()
-    for name, size in itertools.product(names, sizes):
+    for name, size in models:
         weights = {key: torch.from_numpy(matrix) for key, matrix in weights_of((name, size)).items()}
         save_file(weights, folder / f"{name}{size}.safetensors")
         rows.append(f"{name}{size}.safetensors,{size},{name}")
@@ -125,14 +126,12 @@ def write_labelled(folder: Path, names: str = "abc", sizes: Sequence[int] = (10,
 
 @pytest.fixture(scope="session")
 def tiny_wise() -> Path:
-    """The subset that ships: real fine-tunes."""
     assert parquet_files(TINY_WISE / "low" / "4"), "the subset that ships is missing"
     return TINY_WISE
 
 
 @pytest.fixture(scope="session")
 def shipped(tiny_wise: Path) -> dsire.Spectra:
-    """The spectra of the subset that ships."""
     files = parquet_files(tiny_wise / "low" / "4")
     return dsire.join([dsire.shard_spectra(file, RANK) for file in files], [str(file) for file in files])
 
@@ -148,8 +147,6 @@ def folder(tmp_path: Path) -> Path:
 
 @dataclass
 class Outcome:
-    """What a run of the command left behind."""
-
     code: int
     out: str
     err: str
@@ -241,10 +238,7 @@ def fetched(hub: HubStandIn) -> list[str]:
     return sorted(Path(path).stem for path in paths)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The whole method once more, by the book: full products, scikit-learn, Counter
-
-
 @dataclass
 class Reference:
     """An experiment by the book: the votes [voters, test models] and what comes of them, by test model."""
@@ -305,12 +299,21 @@ def shipped_by_the_book(tiny_wise: Path) -> Book:
     return by_the_book(tiny_wise / "low" / "4")
 
 
+Row = tuple[int, str, int, int, float]  # experiment, name, size, predicted and vote_share
+
+
+def rows_of(predictions: str) -> list[Row]:
+    header, *rows = csv.reader(io.StringIO(predictions))
+    assert header == ["experiment", "name", "size", "predicted", "vote_share"]
+    return [(int(run), name, int(size), int(guess), float(share)) for run, name, size, guess, share in rows]
+
+
 def assert_right(outcome: Outcome, book: Book, experiments: int = 10) -> None:
     """It went well, and predicted what scikit-learn and Counter do."""
     assert outcome.code == 0, outcome.err
     models, runs = book
-    assert [row.rsplit(",", 1)[0] for row in outcome.predictions.splitlines()[1:]] == [
-        f"{number},{models[model][0]},{models[model][1]},{guess}"
+    assert rows_of(outcome.predictions) == [
+        (number, str(models[model][0]), models[model][1], guess, pytest.approx(share, abs=1e-4))
         for number, run in enumerate(runs[:experiments], start=1)
-        for model, guess in zip(run.test, run.predicted, strict=True)
+        for model, guess, share in zip(run.test, run.predicted, run.shares, strict=True)
     ]

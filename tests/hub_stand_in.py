@@ -56,10 +56,7 @@ Answer = tuple[int, bytes, dict[str, str]]  # status, body and headers
 
 
 class Refusal(Exception):
-    """A request that the Hub refuses; `code` is its X-Error-Code, from which the client chooses the exception."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.answer = (status, message.encode(), {"X-Error-Code": code, "X-Error-Message": message})
+    """A request that the Hub refuses, by status and X-Error-Code, from which the client chooses the exception."""
 
 
 def sha_of(path: str, content: bytes) -> str:
@@ -92,11 +89,11 @@ class Repository:
     def check_access(self, given: str | None, to_files: bool) -> None:
         """Anyone may read what describes a gated repository; a token that is not known is refused even there."""
         if self.token is not None and given not in (None, self.token):
-            raise Refusal(401, "", "Invalid credentials in Authorization header")
+            raise Refusal(401, "")
         if to_files and self.token is not None and given is None:
-            raise Refusal(401, "GatedRepo", f"Access to {self.kind} {self.name} is restricted. Please log in.")
+            raise Refusal(401, "GatedRepo")
         if to_files and not self.granted:
-            raise Refusal(403, "GatedRepo", f"Access to {self.kind} {self.name} is restricted to a list.")
+            raise Refusal(403, "GatedRepo")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -112,10 +109,11 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append(Request(self.command, path))  # before it is answered: a client that has it may look at once
         try:
             if fault := hub.fault("status", path):
-                raise Refusal(fault.value, "", f"Fault {fault.value}")
+                raise Refusal(fault.value, "")
             status, body, headers = self.answer(path)
         except Refusal as refusal:
-            status, body, headers = refusal.answer
+            status, code = refusal.args
+            body, headers = b"", {"X-Error-Code": code, "X-Error-Message": f"refused: {status} {code}"}
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -136,25 +134,25 @@ class Handler(BaseHTTPRequestHandler):
         for name, route in ROUTES.items():
             if match := re.fullmatch(route, path):
                 return self.answer_for(name, {key: value for key, value in match.groupdict().items() if value})
-        raise Refusal(404, "", "Sorry, we can't find the page you are looking for.")
+        raise Refusal(404, "")
 
     def answer_for(self, name: str, parts: dict[str, str]) -> Answer:
         key = (parts.get("kind", "model"), f"{parts['owner']}/{parts['name']}")
         if key not in self.server.hub.repositories:  # it might be a private one, and the Hub would not tell
-            raise Refusal(401, "RepoNotFound", "Invalid username or password.")
+            raise Refusal(401, "RepoNotFound")
         its = self.server.hub.repositories[key]
         if name != "download":  # the address of which is secret enough, as it is on the Hub
             token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
             its.check_access(token, to_files=name == "resolve")
             if parts.get("revision", "main") not in ("main", its.commit, *its.tags):
-                raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {parts['revision']}")
+                raise Refusal(404, "RevisionNotFound")
         files = its.files()
         if name == "describe":
             return self.describe(its, files)
         path = parts["path"]
         sha = sha_of(path, files[path]) if path in files else ""
         if parts.get("sha", sha) != sha or not sha:
-            raise Refusal(404, "EntryNotFound", "Entry not found")
+            raise Refusal(404, "EntryNotFound")
         headers = {"ETag": f'"{sha}"', "X-Repo-Commit": its.commit}
         if name == "download" or not path.endswith(LFS_SUFFIXES):
             return (200, files[path], headers)

@@ -5,8 +5,6 @@
 It is there to measure time and memory. The weights are no fine-tunes: noise that shrinks with the size.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

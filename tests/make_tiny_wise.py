@@ -1,10 +1,6 @@
 """Make the subsets that ship with the project: real LoRA fine-tunes, in the layout of LoRA-WiSE.
 
-    python tests/make_tiny_wise.py --subset low_4      # sizes 1 2 3 4 5 6
-    python tests/make_tiny_wise.py --subset medium_4   # sizes 1 10 20 30 40 50
-    python tests/make_tiny_wise.py --subset recipes_4  # sizes 1 2 3 4 5 6, under seven recipes
-    python tests/make_tiny_wise.py --subset full       # sizes 1 2 3 4 5 6, no LoRA: all of the weights
-    python tests/make_tiny_wise.py --subset loha       # sizes 1 2 3 4 5 6, LoHa
+    python tests/make_tiny_wise.py --subset low_4      # or medium_4, recipes_4, full, loha
 
 A small diffusion UNet is trained on scikit-learn's digits (8 x 8 grey images). Then LoRA (rank 4) is fine-tuned on the
 query, key, value and output projections of every attention, once for each (micro-dataset, size): the recipe of the
@@ -14,8 +10,6 @@ folders of files, `full` with the base model. A run that is stopped goes on wher
 which choices were made (the recipe; for `recipes_4`, the constants of checks), in the work folder: no shipped model but
 those of `medium_4` has seen its images.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -144,9 +138,7 @@ def draw_noise_evenly(count: int, generator: torch.Generator) -> tuple[Tensor, T
     return noise, ((torch.arange(count) + torch.rand(count, generator=generator)) * part).long()
 
 
-def denoising_loss(
-    unet: UNet2DConditionModel, images: Tensor, condition: Tensor, noise: Tensor, times: Tensor
-) -> Tensor:
+def image_losses(unet: UNet2DConditionModel, images: Tensor, condition: Tensor, noise: Tensor, times: Tensor) -> Tensor:
     """The diffusion loss of every image: the mean squared error of the predicted noise."""
     predicted = unet(SCHEDULE.add_noise(images, noise, times), times, condition).sample
     return (predicted - noise).square().mean(dim=(1, 2, 3))
@@ -168,7 +160,7 @@ def train_base(path: Path) -> None:
     for _ in tqdm(range(BASE_STEPS), desc="base model", mininterval=10):
         rows = torch.randint(len(images), (BASE_BATCH,), generator=generator)
         noise, times = draw_noise(BASE_BATCH, generator)
-        loss = denoising_loss(unet, images[rows], condition[digits[rows]], noise, times).mean()
+        loss = image_losses(unet, images[rows], condition[digits[rows]], noise, times).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -288,7 +280,7 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method
         draws = [draw_noise_evenly(DRAWS, generator) for _ in range(recipe.batch)]
         noise, times = (torch.cat(parts * len(models)) for parts in zip(*draws, strict=True))
         images, conditioned = images.repeat_interleave(DRAWS, 0), conditions[digits.repeat_interleave(DRAWS)]
-        loss = denoising_loss(unet, images, conditioned, noise, times).view(len(models), -1).mean(1).sum()
+        loss = image_losses(unet, images, conditioned, noise, times).view(len(models), -1).mean(1).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -343,10 +335,8 @@ def write_shards(subset: str, models: list[Model], folder: Path) -> None:
     shards = [models[start : start + step] for start in range(0, len(models), step)]
     for number, shard in enumerate(shards):
         weights = [load_file(model.path) for model in shard]
-        columns: dict[str, Any] = {
-            "label": pa.array([model.size for model in shard], pa.int64()),
-            "name": pa.array([model.name for model in shard]),
-        }
+        columns: dict[str, Any] = {"label": pa.array([model.size for model in shard], pa.int64())}
+        columns["name"] = pa.array([model.name for model in shard])
         if len(RECIPES[subset]) > 1:
             columns["recipe"] = pa.array([model.recipe for model in shard])
         of_models = list(columns)
@@ -354,15 +344,10 @@ def write_shards(subset: str, models: list[Model], folder: Path) -> None:
         for column in matrices:
             flat = [tensors[column].to(PRECISION[subset]).double().flatten().numpy() for tensors in weights]
             columns[column] = pa.array(flat, pa.list_(pa.float64()))
-        pq.write_table(
-            pa.table(columns),
-            folder / f"train-{number:05d}-of-{len(shards):05d}.parquet",
-            row_group_size=len(shard),
-            compression="zstd",
-            compression_level=19,
-            use_dictionary=of_models,
-            column_encoding={f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in matrices},
-        )
+        ways: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "use_dictionary": of_models}
+        ways["column_encoding"] = {f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in matrices}
+        file = folder / f"train-{number:05d}-of-{len(shards):05d}.parquet"
+        pq.write_table(pa.table(columns), file, row_group_size=len(shard), **ways)
 
 
 def write_folder(models: list[Model], folder: Path, base: Path | None) -> None:

@@ -1,23 +1,18 @@
 """Fine-tunes other than LoRA: the spectra of the change of the weights, as the libraries that merge them have it."""
 
-from __future__ import annotations
-
-import argparse
 import math
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
 from conftest import ROOT, Run
 from hub_stand_in import HubStandIn
-from lora_writers import assert_changes, changes, refusal, write
+from lora_writers import Net, assert_changes, changes, refusal, write
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -47,7 +42,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def loras(seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Layer, A and B of rank 3 for the weights of each layer."""
     for n, (layer, (out, *into)) in enumerate(SHAPES.items()):
         a, b = normal(RANK, *into, seed=seed + 2 * n), normal(out, RANK, *(1 for _ in into[1:]), seed=seed + 2 * n + 1)
         yield layer, a, 0.1 * b
@@ -81,16 +75,15 @@ def lora_file(path: Path, seed: int = 20, scale: float = 1.5) -> Path:
 
 
 def spectra(file: Path, base: Path | None = None, count: int = dsire.LARGEST) -> dsire.Spectra:
-    return dsire.file_spectra(file, dsire.open_base(base) if base else None, count)
+    return dsire.file_spectra(file, dsire.open_base(str(base)) if base else None, count)
 
 
 def differences(new: Tensors, old: Tensors, names: Any) -> dict[str, Tensor]:
-    """W - W0 of layers, as they are called in the files."""
     return {dsire.layer_name(name): new[f"{name}.weight"].double() - old[f"{name}.weight"].double() for name in names}
 
 
 def refused(file: Path, *parts: str, base: Path | None = None) -> None:
-    refusal(file, *parts, base=dsire.open_base(base) if base else None)
+    refusal(file, *parts, base=dsire.open_base(str(base)) if base else None)
 
 
 @pytest.fixture
@@ -100,7 +93,6 @@ def base(tmp_path: Path) -> Path:
 
 # The largest singular values of any matrix
 def spread(rows: int, columns: int, values: Tensor) -> Tensor:
-    """A matrix with these singular values."""
     left = torch.linalg.qr(normal(rows, len(values), seed=1)).Q
     right = torch.linalg.qr(normal(columns, len(values), seed=2)).Q
     return left * values @ right.T
@@ -177,8 +169,7 @@ def write_parts(folder: Path, form: str) -> Path:
         return write(folder / "model.ckpt", {"state_dict": ldm, "epoch": 3, "global_step": 7})
     if form == "checkpoint":  # and what trainers leave beside it
         write(folder / "pytorch_model.bin", ldm)
-        torch.save(argparse.Namespace(learning_rate=1e-4), folder / "training_args.bin")
-        torch.save({"python": random.getstate(), "numpy": np.random.get_state()}, folder / "rng_state.pth")
+        (folder / "training_args.bin").touch()
         return folder
     file = write(folder / "checkpoints" / "model.safetensors", ldm)
     return file if form == "file" else folder
@@ -189,7 +180,6 @@ FORMS = ["a subfolder", "file", "parts", "shards", "shards, by one of them", "pi
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_base_in_every_form(form: str, tmp_path: Path) -> None:
-    """Layers have one name, whoever wrote the model. When W and W0 change places, the spectrum stays."""
     full, expected = as_ldm()
     file, base = write(tmp_path / "full.safetensors", full), write_parts(tmp_path / "base", form)
     found = spectra(file, base)
@@ -201,13 +191,12 @@ def test_the_base_in_every_form(form: str, tmp_path: Path) -> None:
 
 def test_the_base_from_the_hub(hub: HubStandIn, tmp_path: Path) -> None:
     hub.add(write_parts(tmp_path / "repository", "parts"), "someone/model", kind="model")
-    base, (full, expected) = dsire.open_base_of("someone/model", tmp_path / "cache"), as_ldm()
+    base, (full, expected) = dsire.open_base("someone/model", tmp_path / "cache"), as_ldm()
     assert_changes(dsire.file_spectra(write(tmp_path / "full.safetensors", full), base), expected)
 
 
 # Layers and weights that do not fit
 def edited(base: Path, edit: Any, name: str = "full.safetensors") -> Path:
-    """A fine-tune of the base, after an edit of its tensors."""
     tensors = changed(load_file(base), DIFFUSERS)
     edit(tensors)
     return write(base.with_name(name), tensors)
@@ -242,7 +231,6 @@ def test_a_copy_in_half_precision_is_untrained_and_so_are_layers_that_were_only_
 
 
 def test_a_text_encoder_in_its_folder_is_that_of_the_base(tmp_path: Path) -> None:
-    """Its keys don't name it, in the base's folder nor in that of the fine-tune."""
     change, old = 0.01 * normal(8, 6, seed=1), normal(8, 6)
     base, tuned = (tmp_path / place / "text_encoder" / "model.safetensors" for place in ("base", "tuned"))
     write(base, {f"{TEXT}.weight": old})
@@ -263,7 +251,6 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(base: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_or_too_large_are_refused(base: Path) -> None:
-    """Finite ones of float64, whose change or its singular values are not, too."""
 
     def filled(number: float) -> Path:
         return edited(base, lambda its: its[f"{POINT}.weight"].fill_(number), f"{number}.safetensors")
@@ -287,25 +274,14 @@ def test_a_base_that_is_not_whole_or_has_a_layer_twice_is_refused(base: Path, tm
         (norms, "holds no weight matrices"),
     ):
         with pytest.raises(dsire.DsireError, match=said):
-            dsire.open_base(place)
+            dsire.open_base(str(place))
 
 
 # LoHa, LoKr and DoRA as the libraries merge them
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.query, self.key = nn.Linear(12, 18), nn.Linear(16, 8)
-        self.conv, self.point = nn.Conv2d(6, 8, 3), nn.Conv2d(8, 12, 1)
-        self.square, self.turned = nn.Conv2d(6, 6, 3), Conv1D(10, 6)
-        self.words = nn.Embedding(11, 6)
-
-
 LAYERS = ("query", "key", "conv", "point", "square")
 
 
 def random_weights(module: nn.Module, seed: int = 0) -> None:
-    """Another number for each that can be trained, and no zeros."""
     random = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -379,7 +355,6 @@ def test_loha_and_lokr_of_peft(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layer", [*LAYERS])
 def test_dora_of_lycoris(layer: str, tmp_path: Path) -> None:
-    """dora_scale is [out, 1], and of convolutions [out, 1, 1, 1]."""
     base, file = write(tmp_path / "base.safetensors", Net().state_dict()), tmp_path / "dora.safetensors"
     expected = by_lycoris(LoConModule, file, (layer,), weight_decompose=True, wd_on_out=True)
     found = spectra(file, base)
@@ -392,7 +367,6 @@ def test_dora_of_lycoris(layer: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layer", [*LAYERS, "turned", "turned square"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_dora_of_peft(layer: str, tmp_path: Path) -> None:
-    """Of GPT-2's Conv1D, too, which keeps its weights as [in, out]."""
     net, layer, square = Net(), *layer.partition(" ")[::2]
     net.turned = Conv1D(6, 6) if square else net.turned
     base = write(tmp_path / "base.safetensors", net.state_dict())
@@ -423,7 +397,6 @@ def test_dora_that_is_untrained_or_whose_base_lacks_a_layer(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("part", ["hada_w2_b", "lokr_w1", "alpha"])
 def test_parts_that_lack_do_not_fit_or_are_not_understood(part: str, tmp_path: Path) -> None:
-    """Such as a magnitude beside what is no LoRA."""
     kind, file = LokrModule if part == "lokr_w1" else LohaModule, tmp_path / "lycoris.safetensors"
     by_lycoris(kind, file, ("query",), weight_decompose=True)
     refused(file, "lora_unet_query")
@@ -438,7 +411,6 @@ def test_parts_that_lack_do_not_fit_or_are_not_understood(part: str, tmp_path: P
 
 # The command: labelled models of each kind, and models of each kind to predict
 def tune(kind: str, path: Path, base: Path, seed: int, scale: float = 1) -> Path:
-    """A fine-tune of the base, of any kind, with the layers' names of diffusers."""
     names, tensors = DIFFUSERS, {}
     if kind == "full":
         return write(path, changed(load_file(base), names, seed, scale))
@@ -457,7 +429,6 @@ def tune(kind: str, path: Path, base: Path, seed: int, scale: float = 1) -> Path
 
 
 def label(folder: Path, kind: str, base: Path) -> Path:
-    """Three sizes of four micro-datasets."""
     lines = ["file_name,label,name"]
     for number, (name, size) in enumerate((name, size) for name in "abcd" for size in (1, 2, 3)):
         tune(kind, folder / f"{name}{size}.safetensors", base, 1000 * number, size**-0.5)
@@ -504,20 +475,17 @@ def test_what_needs_a_base_or_is_not_comparable_is_refused(base: Path, run: Run)
 
 
 def test_the_base_itself_is_untrained_and_none_of_a_folder(base: Path) -> None:
-    """By its own name, or by a link to it."""
     copy = Path(shutil.copy(base, base.with_name("copy.safetensors")))
     full = tune("full", base.with_name("full.safetensors"), base, 77)
     link = base.with_name("link.safetensors")
     link.symlink_to(base)
     assert spectra(base, base).first == spectra(copy, base).first == [dsire.UNTRAINED]
-    models, others = dsire.model_files(base.parent, dsire.open_base(base))
+    models, others = dsire.model_files(base.parent, dsire.open_base(str(base)))
     assert (models, others) == ([copy, full], dict.fromkeys([base, link], "it is the base itself"))
     assert set(dsire.model_files(base.parent)[1]) == {base, copy, full, link}
 
 
-def test_a_second_run_reads_no_file_unless_the_base_changed(
-    base: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_reads_a_file_if_the_base_changed(base: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = label(base.with_name("labelled"), "full", base)
     read, file_spectra = [], dsire.file_spectra
     monkeypatch.setattr(dsire, "file_spectra", lambda path, *others: read.append(path) or file_spectra(path, *others))
@@ -533,17 +501,8 @@ def test_a_second_run_reads_no_file_unless_the_base_changed(
 
 
 # The real fine-tunes that ship
-def test_the_spectra_of_shipped_full_fine_tunes() -> None:
-    base = TINY_FULL / "base.safetensors"
-    for name in ("hand_80_1", "hand_85_6", "hand_91_3"):
-        new = load_file(TINY_FULL / f"{name}.safetensors")
-        layers = [key.removesuffix(".weight") for key in new]
-        assert_changes(spectra(TINY_FULL / f"{name}.safetensors", base), differences(new, load_file(base), layers))
-
-
 @pytest.mark.parametrize(("name", "train_size", "least"), [("full", 15, 50), ("loha", 5, 35)])
 def test_what_ships_is_told_far_better_than_by_chance(name: str, train_size: int, least: float, run: Run) -> None:
-    """By chance one size of six."""
     base = [f"--base={TINY_FULL / 'base.safetensors'}"] * (name == "full")
     outcome = run(f"--dataset={TINY_FULL.with_name(f'tiny_{name}')}", f"--train_size={train_size}", *base)
     assert outcome.code == 0, outcome.err

@@ -1,7 +1,5 @@
 """A sample of the mutants of fuzz.py; that it notices what goes wrong; and weights of unusual shapes and values."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,6 @@ import dsire
 
 
 def test_mutants_give_the_right_spectra_or_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """One of each kind."""
     counts = [f"--parquet={len(PARQUET_KINDS)}", f"--files={len(FILE_KINDS)}"]
     assert main(counts) == 0, capsys.readouterr().out
     right, refused = re.fullmatch(r"(\d+) right, (\d+) refused, 0 failed\n", capsys.readouterr().out).groups()  # type: ignore[union-attr]

@@ -1,7 +1,5 @@
 """A GPU gives what the CPU gives; no thread makes a routine's first call; a batch that memory can't hold is halved."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, RANK, ROOT, Run, change, models_of, parquet_files, table_of, write_folder
+from conftest import LAYERS, RANK, Run, change, models_of, parquet_files, table_of, write_folder
 
 import dsire
 
@@ -50,12 +48,6 @@ def test_no_thread_makes_the_first_call(run: Run, tmp_path: Path, monkeypatch: p
     assert from_threads == {*ROUTINES}
 
 
-def pair(models: int, rank: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(0)
-    a = torch.randn(models, rank, side, generator=random, dtype=torch.float64)
-    return a, torch.randn(models, side, rank, generator=random, dtype=torch.float64)
-
-
 def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     compute, tried, largest = dsire.lora_spectra, [], 3
 
@@ -65,7 +57,7 @@ def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> Non
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return compute(a, b)
 
-    a, b = pair(11, 4, 20)
+    a, b = torch.randn(11, 4, 20, dtype=torch.float64), torch.randn(11, 20, 4, dtype=torch.float64)
     whole = dsire.batch_spectra(a, b, "cpu")
     monkeypatch.setattr(dsire, "lora_spectra", short_of_memory)
     torch.testing.assert_close(dsire.batch_spectra(a, b, "cpu"), whole, rtol=1e-12, atol=0)
@@ -83,16 +75,8 @@ def test_the_spectra_of_the_shipped_subset(tiny_wise: Path, shipped: dsire.Spect
 
 
 @on_gpu
-def test_estimates(run: Run) -> None:
-    arguments = ["--predict", ROOT / "tests" / "pilot_lora.safetensors"]
-    here, there = run(*arguments), run("--device=cuda", "--cache_dir=another", *arguments)
-    assert (there.code, there.out) == (0, here.out)
-
-
-@on_gpu
 @pytest.mark.parametrize("shape", [(64, 32), (40, 300)])
 def test_the_spectrum_of_a_matrix(shape: tuple[int, int]) -> None:
-    """Of a change of the weights, also one of low rank, which takes another way."""
     draw = torch.Generator().manual_seed(0)
     full = torch.randn(*shape, generator=draw, dtype=torch.float64)
     for matrix in (full, full[:, :3] @ full[:3]):

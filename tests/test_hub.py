@@ -1,14 +1,11 @@
 """The Hugging Face Hub: what is downloaded, kept and asked for again, on a good day and on a bad one."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import (
     FIRST,
     SECOND,
@@ -20,11 +17,11 @@ from conftest import (
     models_of,
     parquet_files,
     table_of,
-    weights_of,
     write_folder,
 )
 from hub_stand_in import HubStandIn
-from safetensors.torch import save_file
+from lora_writers import adapter, write
+from safetensors.torch import load_file
 
 import dsire
 
@@ -32,26 +29,17 @@ SUBSET = (f"--dataset={dsire.LORA_WISE}", "--subset=low_4", "--rank=4")
 
 
 def left_in(cache: Path) -> list[Path]:
-    """What downloads left behind: shards, or halves of them."""
     return [*cache.rglob("*.parquet"), *cache.rglob("*.incomplete")]
 
 
-def test_shards_are_fetched_once_deleted_and_not_needed_again(
-    hub: HubStandIn, run_anew: Run, run: Run, folder: Path, tmp_path: Path
-) -> None:
+def test_shards_are_fetched_once(hub: HubStandIn, run_anew: Run, run: Run, folder: Path, tmp_path: Path) -> None:
     """The Hub is asked for one listing, the card and the shards; then for the commit; then it is gone."""
     first = run_anew(*SUBSET)
     assert_right(first, by_the_book(folder))
     assert first.err == ""
     listing = f"/api/datasets/{dsire.LORA_WISE}"
     assert [request.path for request in hub.requests if request.path.startswith("/api/")] == [listing]
-    assert (
-        sum(
-            request == ("GET", f"/datasets/{dsire.LORA_WISE}/resolve/{hub.commit}/README.md")
-            for request in hub.requests
-        )
-        == 1
-    )
+    assert hub.requests.count(("GET", f"/datasets/{dsire.LORA_WISE}/resolve/{hub.commit}/README.md")) == 1
     assert fetched(hub) == [FIRST, SECOND, THIRD]
     assert left_in(tmp_path / "cache") == []
     assert (first.report["settings"]["dataset"], first.report["settings"]["commit"]) == (dsire.LORA_WISE, hub.commit)
@@ -70,7 +58,6 @@ def test_shards_are_fetched_once_deleted_and_not_needed_again(
 
 
 def test_shards_that_are_kept_are_whole(run: Run, hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
-    """One that was truncated since is fetched anew."""
     assert run(*SUBSET, "--keep_shards").code == 0
     first, *_ = kept = parquet_files(tmp_path / "cache" / "hub")
     assert [file.read_bytes() for file in kept] == [file.read_bytes() for file in parquet_files(folder)]
@@ -81,9 +68,7 @@ def test_shards_that_are_kept_are_whole(run: Run, hub: HubStandIn, folder: Path,
     assert fetched(hub) == [FIRST, FIRST, SECOND, THIRD]
 
 
-def test_the_next_shard_is_fetched_meanwhile_and_two_at_most_are_on_the_disk(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubStandIn
-) -> None:
+def test_the_next_shard_is_fetched(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubStandIn) -> None:
     models = models_of(20)
     shards = [table_of(models[start : start + 24]) for start in range(0, 120, 24)]
     hub.add(write_folder(tmp_path / "five", shards), "somebody/five")
@@ -133,7 +118,6 @@ def test_addresses_and_revisions(dataset: str, revision: str, run: Run, hub: Hub
 
 
 def test_a_dataset_that_changed_is_fetched_anew_where_it_changed(run: Run, hub: HubStandIn, folder: Path) -> None:
-    """A new commit that changes one shard costs one download."""
     run(*SUBSET)
     before = hub.commit
     pq.write_table(table_of(models_of(20)[80:110]), folder / "low" / "4" / f"{THIRD}.parquet")
@@ -165,7 +149,6 @@ def test_what_is_not_there(arguments: list[str], parts: list[str], run: Run, hub
 
 
 def test_a_subset_that_does_not_ship(run_anew: Run, hub: HubStandIn) -> None:
-    """What ships is said rather than that the network is at fault."""
     hub.stop()
     outcome = run_anew("--subset=low4")
     hub.start()
@@ -174,7 +157,6 @@ def test_a_subset_that_does_not_ship(run_anew: Run, hub: HubStandIn) -> None:
 
 @pytest.mark.parametrize("fault", ["no token", "a wrong token", "not on the list", "no network", "offline"])
 def test_a_hub_that_does_not_give_it(fault: str, run_anew: Run, hub: HubStandIn, folder: Path) -> None:
-    """One line, whatever it is; and none of it matters any more once it is mended."""
     hub.repository.token, hub.repository.granted = "hf_right", fault != "not on the list"
     token = {"no token": "", "a wrong token": "hf_wrong"}.get(fault, "hf_right")
     if fault == "no network":
@@ -191,23 +173,14 @@ def test_a_hub_that_does_not_give_it(fault: str, run_anew: Run, hub: HubStandIn,
         assert hub.requests == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Models to predict
-
-
 @pytest.fixture
 def lora(hub: HubStandIn, tmp_path: Path) -> Path:
     """A repository user/lora, in the folder that is returned: a file in PEFT's layout, and what says its alpha."""
     folder = tmp_path / "on the hub"
-    weights = {
-        key.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B"): torch.from_numpy(matrix)
-        for key, matrix in weights_of(("thing_03", 4)).items()
-    }
-    (folder / "sub").mkdir(parents=True)
-    for name in ("adapter_model", "sub/other"):
-        save_file(weights, folder / f"{name}.safetensors")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
-    torch.save(weights, folder / "lora.bin")
+    weights = load_file(adapter(folder, {"r": 2, "lora_alpha": 4}))
+    write(folder / "sub" / "other.safetensors", weights)
+    write(folder / "lora.bin", weights)
     hub.add(folder, "user/lora", kind="model")
     return folder
 
@@ -221,7 +194,6 @@ def lora(hub: HubStandIn, tmp_path: Path) -> Path:
     ],
 )
 def test_models_on_the_hub(item: str, names: list[str], hub: HubStandIn, lora: Path, tmp_path: Path) -> None:
-    """They are called as the user knows them; alpha is found beside them; a second run needs no network."""
     files, left_out = dsire.files_to_predict(item, tmp_path / "cache")
     assert (list(files), left_out) == ([f"user/lora:{name}" for name in names], {})
     hub.stop()
@@ -235,10 +207,7 @@ def test_models_on_the_hub(item: str, names: list[str], hub: HubStandIn, lora: P
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 @pytest.mark.parametrize("times", [1, None])
-def test_a_model_that_is_damaged_on_its_way(
-    name: str, times: int | None, run: Run, hub: HubStandIn, lora: Path, tmp_path: Path
-) -> None:
-    """Both of a large file, by its SHA-256, and of a small one: nothing damaged is judged, or kept."""
+def test_a_damaged_model(name: str, times: int | None, run: Run, hub: HubStandIn, lora: Path, tmp_path: Path) -> None:
     hub.fails("flip", f"*/{name}", times=times)
     if not times:
         assert run("--predict=user/lora").says(name, "user/lora", "damaged", "twice")
@@ -257,9 +226,7 @@ def test_a_model_that_is_damaged_on_its_way(
         ("unknown/suspect.safetensors", ["unknown/suspect.safetensors: no such file or folder"]),
     ],
 )
-def test_models_that_are_not_there(
-    item: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path, tmp_path: Path
-) -> None:
+def test_no_such_models(item: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path, tmp_path: Path) -> None:
     (tmp_path / "pickles").mkdir()
     (lora / "lora.bin").rename(tmp_path / "pickles" / "lora.bin")
     hub.add(tmp_path / "pickles", "user/pickles", kind="model")

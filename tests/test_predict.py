@@ -1,17 +1,14 @@
 """Estimates for LoRA files: what is printed and written of each, files that do not fit, and folders of one's own."""
 
-from __future__ import annotations
-
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, ROOT, Model, Outcome, Run, models_of, table_of, weights_of, write_folder
-from lora_writers import adapter, by_hand, write, write_model
+from conftest import LAYERS, ROOT, Outcome, Run, models_of, table_of, weights_of, write_folder, write_labelled
+from lora_writers import by_hand, write, write_model
 
 import dsire
 
@@ -20,20 +17,9 @@ COLUMNS = ["file", "status", "estimate", "share", "confidence_set", "would_be", 
 PILOT = ROOT / "tests" / "pilot_lora.safetensors"
 
 
-def write_own(folder: Path, models: list[Model]) -> Path:
-    """The user's own models: a LoRA file each, in LoRA-WiSE's layout, and metadata.csv."""
-    rows = ["file_name,label,name"]
-    for name, size in models:
-        write_model(folder / name / f"{size}.safetensors", (name, size))
-        rows.append(f"{name}/{size}.safetensors,{size},{name}")
-    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
-    return folder
-
-
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """Four micro-datasets of three sizes."""
-    return write_own(tmp_path / "own", models_of(4, SIZES))
+    return write_labelled(tmp_path / "own", models_of(4, SIZES))
 
 
 @pytest.fixture
@@ -42,12 +28,10 @@ def new(tmp_path: Path) -> Path:
 
 
 def stating(size: int) -> dict[str, str]:
-    """A header of kohya's."""
     return {"ss_dataset_dirs": f'{{"10_cat": {{"n_repeats": 10, "img_count": {size}}}}}'}
 
 
 def estimates_in(outcome: Outcome) -> list[dict[str, Any]]:
-    """Of the files that could be judged."""
     return [one for one in outcome.report["estimates"] if one["status"] != "refused"]
 
 
@@ -61,12 +45,8 @@ def table_in(outcome: Outcome) -> list[dict[str, str]]:
     return list(reader)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is printed and written
-
-
 def test_a_labelled_model_is_recognised(folder: Path, tmp_path: Path, run: Run) -> None:
-    """Written as a file, it is its own nearest neighbour: all voters name its size."""
     file = write_model(tmp_path / "known.safetensors", ("thing_03", 5))
     outcome = run("--dataset", folder, "--subset=low_4", "--predictor=dsire", "--predict", file)
     assert (outcome.code, outcome.err) == (0, "")
@@ -78,7 +58,6 @@ def test_a_labelled_model_is_recognised(folder: Path, tmp_path: Path, run: Run) 
 
 
 def test_what_is_printed_of_the_examples(run: Run, shipped: dsire.Spectra) -> None:
-    """Three statuses; a note that all share is there once; the answering predictor's quality comes first."""
     files = [PILOT, *sorted((ROOT / "tests" / "examples").glob("*.safetensors"))]
     outcome = run("--predict", *files)
     lines = outcome.out.splitlines()
@@ -138,7 +117,6 @@ def test_tables(own: Path, tmp_path: Path, run: Run) -> None:
 
 
 def test_what_a_folder_holds_besides_is_listed(own: Path, tmp_path: Path, run: Run) -> None:
-    """To an auditor such files are the suspicious ones; they are no error."""
     write_model(tmp_path / "asked" / "good.safetensors", ("new", 2))
     write(tmp_path / "asked" / "other.safetensors", {"embedding": torch.ones(3, 2)})
     write_model(tmp_path / "asked" / "pickle.pt", ("new", 2))
@@ -151,10 +129,7 @@ def test_what_a_folder_holds_besides_is_listed(own: Path, tmp_path: Path, run: R
 
 
 @pytest.mark.parametrize("predictor", ["dsire", "log-ridge"])
-def test_the_estimate_does_not_depend_on_what_else_is_asked(
-    own: Path, tmp_path: Path, run: Run, predictor: str
-) -> None:
-    """Nor on the order, nor on files with other layers: each is judged by its own."""
+def test_an_estimate_does_not_depend_on_what_else_is_asked(own: Path, tmp_path: Path, run: Run, predictor: str) -> None:
     files = [write_model(tmp_path / f"new_{size}.safetensors", ("new", size)) for size in SIZES]
     files.insert(1, write_model(tmp_path / "part.safetensors", ("new", 2), layers=LAYERS[:1]))
     options = ["--dataset", own, f"--predictor={predictor}", "--predict"]
@@ -166,7 +141,6 @@ def test_the_estimate_does_not_depend_on_what_else_is_asked(
 
 
 def test_a_stated_size_is_shown_and_a_disagreement_said(own: Path, tmp_path: Path, run: Run) -> None:
-    """Copies of a labelled model of size 2: one says so, the other says it has seen 17 images."""
     files = [write_model(tmp_path / f"{size}.safetensors", ("thing_00", 2), stating(size)) for size in (2, 17)]
     outcome = run("--dataset", own, "--predict", *files)
     found = estimates_in(outcome)
@@ -175,19 +149,7 @@ def test_a_stated_size_is_shown_and_a_disagreement_said(own: Path, tmp_path: Pat
     assert "states 17 images" in outcome.out
 
 
-def test_a_file_that_is_named_with_bytes_that_are_no_text(own: Path, new: Path, run: Run) -> None:
-    """safetensors can't open such a name, which is said in one line."""
-    file = new.with_name(os.fsdecode(b"caf\xe9.safetensors"))
-    file.write_bytes(new.read_bytes())
-    outcome = run("--dataset", own, "--predict", file, new)
-    assert outcome.says("caf")
-    assert len(estimates_in(outcome)) == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Models that do not fit, and files that are unlike every labelled model
-
-
 @pytest.mark.parametrize(
     ("width", "rank", "parts"),
     [
@@ -199,10 +161,7 @@ def test_a_file_that_is_named_with_bytes_that_are_no_text(own: Path, new: Path, 
         (12, 2, ["width 12"]),
     ],
 )
-def test_a_file_of_another_base_is_told_what_fits(
-    width: int, rank: int, parts: list[str], own: Path, tmp_path: Path, run: Run
-) -> None:
-    """A file with one cross-attention key projection, of this width and rank."""
+def test_a_file_of_another_base(width: int, rank: int, parts: list[str], own: Path, tmp_path: Path, run: Run) -> None:
     lora = {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (torch.randn(rank, width), torch.randn(9, rank))}
     file = write(tmp_path / "wide.safetensors", by_hand("kohya", lora, alpha=rank))
     outcome = run("--dataset", own, "--predict", file)
@@ -222,7 +181,6 @@ def test_missing_and_additional_layers_are_counted(own: Path, tmp_path: Path, ru
 
 
 def changed(path: Path, factors: dict[str, float]) -> Path:
-    """A model with the matrices multiplied whose keys begin so."""
 
     def factor(key: str) -> float:
         return next((its for start, its in factors.items() if key.startswith(start)), 1.0)
@@ -247,7 +205,7 @@ def test_a_file_that_is_unlike_every_labelled_model(folder: Path, new: Path, tmp
 @pytest.mark.parametrize("micro_datasets", [1, 2])
 def test_what_is_far_beyond_a_few_labelled_models_is_said_first(tmp_path: Path, run: Run, micro_datasets: int) -> None:
     """Of fewer than 19 no p-value can be 0.05, so none is needed."""
-    own = write_own(tmp_path / "own", models_of(micro_datasets, SIZES))
+    own = write_labelled(tmp_path / "own", models_of(micro_datasets, SIZES))
     cases = [("larger", {"": 1e6}), ("smaller", {"": 1e-6}), ("larger", {LAYERS[0]: 10.0})]
     files = [changed(tmp_path / f"{number}.safetensors", how) for number, (_, how) in enumerate(cases)]
     outcome = run("--dataset", own, "--predict", *files)
@@ -256,10 +214,10 @@ def test_what_is_far_beyond_a_few_labelled_models_is_said_first(tmp_path: Path, 
         assert one["status"] == "not comparable"
         assert one["first"][0].startswith("not comparable with the labelled models: ")
         assert word in one["first"][1]
+    assert one["first"][1].endswith(", in down_blocks_0_attn1_to_q")
 
 
 def test_an_untrained_file_says_so(own: Path, tmp_path: Path, run: Run) -> None:
-    """All B are zero; in one layer alone it is a note."""
     starts = [f"{layer}.lora.up" for layer in LAYERS]
     files = [changed(tmp_path / f"{n}.safetensors", dict.fromkeys(starts[:n], 0.0)) for n in (3, 1)]
     fresh, partly = estimates_in(run("--dataset", own, "--plots", "--predict", *files))
@@ -268,36 +226,17 @@ def test_an_untrained_file_says_so(own: Path, tmp_path: Path, run: Run) -> None:
     assert any("zero" in note and "1 of 3 layers" in note for note in partly["notes"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The user's own models
-
-
 def test_a_folder_of_lora_files_evaluates_as_parquet_does(tmp_path: Path, run: Run) -> None:
     models, options = models_of(6, SIZES), ["--experiments=4", "--train_size=4"]
-    files = run("--dataset", write_own(tmp_path / "own", models), *options)
+    files = run("--dataset", write_labelled(tmp_path / "own", models), *options)
     parquet = run("--dataset", write_folder(tmp_path / "wise", [table_of(models)]), "--subset=low_4", *options)
     assert [*map(pytest.approx, files.report["experiments"])] == parquet.report["experiments"]
     assert sorted(files.predictions.splitlines()) == sorted(parquet.predictions.splitlines())
 
 
-def test_a_folder_of_adapters_of_peft(tmp_path: Path, run: Run) -> None:
-    """adapter_config.json beside each, and other files; a row of metadata.csv may name the folder or the file."""
-    folder, rows = tmp_path / "adapters", ["file_name,label,name"]
-    for name, size in models_of(3, SIZES):
-        down, up, *_ = map(torch.from_numpy, weights_of((name, size)).values())
-        file = adapter(folder / f"{name}_{size}", {"r": 4, "lora_alpha": 6}, down=down, up=up)
-        torch.save({"state": {}}, file.with_name("optimizer.pt"))
-        file.with_name("README.md").write_text("an adapter")
-        rows.append(f"{name}_{size}{'/adapter_model.safetensors' if size == 1 else ''},{size},{name}")
-    (folder / "metadata.csv").write_text("\n".join(rows))
-    outcome, asked = run("--dataset", folder, "--train_size=2"), [folder / "thing_01_2", folder / "thing_02_3"]
-    assert "9 models, 3 micro-datasets, sizes 1 2 3" in outcome.out
-    assert "alpha" not in outcome.out
-    assert answers_in(run("--dataset", folder, "--predictor=dsire", "--predict", *asked)) == [2, 3]
-
-
 def test_one_micro_dataset_predicts_and_does_not_evaluate(tmp_path: Path, new: Path, run: Run) -> None:
-    own = write_own(tmp_path / "own", models_of(1, SIZES))
+    own = write_labelled(tmp_path / "own", models_of(1, SIZES))
     outcome = run("--dataset", own, "--predict", new)
     assert outcome.code == 0, outcome.err
     assert answers_in(outcome)[0] in SIZES
@@ -309,13 +248,12 @@ def test_one_micro_dataset_predicts_and_does_not_evaluate(tmp_path: Path, new: P
 
 
 def test_files_of_a_folder_may_lack_layers_of_the_others(tmp_path: Path, run: Run) -> None:
-    """The layers that all have are used, and the others counted; without any in common it is an error."""
-    own = write_own(tmp_path / "own", models_of(2, SIZES))
-    write_model(own / "thing_00" / "1.safetensors", ("thing_00", 1), layers=LAYERS[:2])
+    own = write_labelled(tmp_path / "own", models_of(2, SIZES))
+    write_model(own / "thing_001.safetensors", ("thing_00", 1), layers=LAYERS[:2])
     outcome = run("--dataset", own, "--experiments=1")
     assert "2 layers of rank 4" in outcome.out
     assert any("1 layer" in note for note in outcome.report["notes"])
-    write_model(own / "thing_00" / "1.safetensors", ("thing_00", 1), layers=["unet.other"])
+    write_model(own / "thing_001.safetensors", ("thing_00", 1), layers=["unet.other"])
     assert run("--dataset", own).says("no layer")
 
 

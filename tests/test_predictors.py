@@ -1,7 +1,5 @@
 """The other predictors, against plain scikit-learn and Counter; comparison and figures on the shipped subset."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +25,6 @@ PROTOCOL = dsire.Protocol(experiments=2)
 
 @pytest.fixture(scope="module")
 def part(shipped: dsire.Spectra) -> dsire.Spectra:
-    """A fifth of the shipped subset's voters, so that a plain classifier for each is quick."""
     return shipped.of_voters(shipped.voters[::5])
 
 
@@ -38,7 +35,6 @@ def arrays_of(spectra: dsire.Spectra, run: dsire.Split) -> tuple[np.ndarray, np.
 
 
 def winners(votes: Any) -> list[Any]:
-    """Counter's winner of each column of [voters, models]."""
     return [Counter(column).most_common(1)[0][0] for column in np.stack(votes).T.tolist()]
 
 
@@ -87,7 +83,6 @@ def left_out_ridge(x: np.ndarray, z: np.ndarray, train: dsire.Spectra) -> tuple[
 
 
 def test_log_ridge_is_ridge_with_a_penalty_from_leave_one_group_out(part: dsire.Spectra) -> None:
-    """The closed forms give what fitting anew without every micro-dataset gives."""
     (run, *_) = dsire.splits(part.micro_datasets, PROTOCOL)
     train, test = part.of_models(run.train), part.of_models(run.test)
     logs = [np.log(np.hstack([*side.values.numpy()])) for side in (train, test)]
@@ -107,7 +102,6 @@ def test_log_ridge_is_ridge_with_a_penalty_from_leave_one_group_out(part: dsire.
 
 
 def features_of(kernel: Tensor, cross: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Points whose inner products are the kernel's."""
     values, vectors = np.linalg.eigh(kernel.numpy())
     known = values > 1e-12 * values[-1]
     roots, vectors = np.sqrt(values[known]), vectors[:, known]
@@ -115,7 +109,6 @@ def features_of(kernel: Tensor, cross: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_log_ridge_of_several_recipes_mixes_two_ridges(part: dsire.Spectra) -> None:
-    """Half of the micro-datasets as if their recipe made them larger."""
     second = part.micro_datasets % 2 == 1
     values = torch.where(second[:, None], 1.5, 1.0) * part.values
     both = dsire.replace(part, values=values, recipes=["ab"[int(number)] for number in second])
@@ -151,14 +144,6 @@ def test_what_is_below_a_millionth_of_the_largest_counts_as_that() -> None:
     expected = scaler.transform(np.log([[8e-6, 1, 100, 1e-9]]))
     expected[:, 1] = 0  # it does not vary among the training models
     np.testing.assert_allclose(z, expected, atol=1e-9)
-
-
-def test_a_feature_that_varies_by_rounding_only_says_nothing() -> None:
-    known, asked = of_values([[[3.0, 2.0], [3.0 + 4e-15, 1.0], [3.0 - 4e-15, 0.5]]]), of_values([[[1.0, 1.0]]])
-    x, z = dsire.log_features(known, asked)
-    assert (x[:, 0].abs() <= 1e-5).all()
-    assert z[0, 0] == 0
-    assert z[0, 1] == pytest.approx(0, abs=1e-9)  # the mean of log 2, log 1 and log 1/2
 
 
 def power_law(sizes: list[int], micro_datasets: int = 6) -> dsire.Spectra:
@@ -200,7 +185,6 @@ def test_log_ridge_with_a_single_model_or_micro_dataset_and_with_zeros() -> None
 
 
 def test_the_tables_of_a_comparison(part: dsire.Spectra) -> None:
-    """Each row is that of the predictor alone, on its own splits; by size, that of scikit-learn."""
     tables, found = dsire.compare(part, PROTOCOL, {"dsire": ((0.36, 0.04), (11.36, 1.55), (69.3, 3.83))})
     runs = dsire.splits(part.micro_datasets, PROTOCOL)
     first, growth, by_size, *_ = tables
@@ -208,12 +192,16 @@ def test_the_tables_of_a_comparison(part: dsire.Spectra) -> None:
     for name, *cells in first.rows:
         matrix = name.removeprefix("dsire ") if name.startswith("dsire ") else ""
         spectra = part.of_matrices([matrix or "A", matrix or "B", matrix or "BA"])
-        its = dsire.evaluate(spectra, dsire.PREDICTORS[name] if not matrix else dsire.dsire, PROTOCOL)
+        predictor = dsire.PREDICTORS[name] if not matrix else dsire.dsire
+        its = dsire.judge(spectra, runs, predictor(spectra, runs))
         assert cells[:3] == [*dsire.mean_and_std(its).values()]
         assert dsire.judge(part, runs, found[name]) == its
+        less = [one.mae - other.mae for one, other in zip(its, dsire.judge(part, runs, found["dsire"]), strict=True)]
+        assert cells[3] == (None if name == "dsire" else f"{np.mean(less):+.3f} ± {np.std(less):.3f}")
         assert cells[-3:] == ([(0.36, 0.04), (11.36, 1.55), (69.3, 3.83)] if name == "dsire" else [None] * 3)
     for count, *cells in growth.rows:
-        its = dsire.evaluate(part, dsire.dsire, PROTOCOL._replace(train_size=int(count)))
+        fewer = dsire.splits(part.micro_datasets, PROTOCOL._replace(train_size=int(count)))
+        its = dsire.judge(part, fewer, dsire.dsire(part, fewer))
         assert cells == [*dsire.mean_and_std(its).values()]
     true = np.concatenate([part.sizes[run.test].numpy() for run in runs])
     said = np.concatenate([BY_THE_BOOK["dsire"](*arrays_of(part, run)) for run in runs])
@@ -236,7 +224,6 @@ def test_a_table_is_aligned_by_what_stands_in_it() -> None:
 
 
 def test_log_regression_of_spectra_far_from_all_others_is_a_size() -> None:
-    """Up to four times beyond those that were labelled."""
     train = power_law([1, 4, 16])
     for factor, size in ((1e-30, 64), (1e30, 1)):
         far = dsire.replace(train, values=factor * train.values)
@@ -253,12 +240,3 @@ def test_plots_of_gda_and_nothing_lost_with_too_few_models(run: Run, tiny_wise: 
     assert outcome.code == 0
     by_recipe = [table for table in outcome.report["tables"] if table["heads"][0] == "recipe"]
     assert [row[1] for table in by_recipe for row in table["rows"]] == [None] * 3 * 8
-
-
-def test_the_paper_stands_beside_ours_where_it_has_the_row() -> None:
-    rows = {"dsire": [dsire.Metrics(0.5, 12, 60)] * 2, "ridge": [dsire.Metrics(0.75, 12, 60)] * 2}
-    (_, *dsire_cells), (_, *ridge_cells) = dsire.metrics_table("", rows, {"dsire": ((0.36, 0.04),) * 3}, True).rows
-    assert dsire_cells == [(0.5, 0), (12, 0), (60, 0), None, *[(0.36, 0.04)] * 3]
-    assert ridge_cells == [(0.75, 0), (12, 0), (60, 0), "+0.250 ± 0.000", None, None, None]
-    its = dsire.metrics_table("", rows, {"gda": ((0.36, 0.04),) * 3}, False)
-    assert its.heads[1:] == ["MAE", "MAPE %", "accuracy %"]

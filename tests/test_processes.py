@@ -1,7 +1,5 @@
 """Several processes, as under torchrun: the same report as one, each shard fetched and computed by one of them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -22,7 +20,6 @@ def torchrun(tmp_path: Path, processes: int, *arguments: str) -> subprocess.Comp
 
 
 def test_the_report_is_that_of_one_process(run: Run, folder: Path, hub: HubStandIn, tmp_path: Path) -> None:
-    """And said once; a shard is deleted when its spectra are written: fetched once, it was computed by one."""
     arguments = (f"--dataset={dsire.LORA_WISE}", "--subset=low_4")
     done = torchrun(tmp_path, 3, *arguments)
     assert done.returncode == 0, done.stderr
@@ -37,9 +34,7 @@ def test_the_report_is_that_of_one_process(run: Run, folder: Path, hub: HubStand
     ("rank", "size", "expected"),
     [("", "", 0), ("x", "2", 0), ("3", None, 0), ("3", "0", 0), ("3", "1", 0), ("3", "2", 1), ("1", "3", 1)],
 )
-def test_an_environment_that_is_not_torchruns(
-    rank: str, size: str | None, expected: int, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_torchrun(rank: str, size: str | None, expected: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", rank)
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)

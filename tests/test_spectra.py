@@ -1,7 +1,5 @@
 """The spectra of A, B and BA: the same as those of the full matrices."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def turns(seed: int, models: int, side: int, columns: int) -> torch.Tensor:
-    """Random matrices with orthonormal columns."""
     return torch.linalg.qr(normal(seed, models, side, columns)).Q
 
 
@@ -97,9 +94,7 @@ FAR_APART = {  # the singular values of A and of B
 
 
 @pytest.mark.parametrize("values", FAR_APART.values(), ids=FAR_APART)
-def test_the_least_of_far_apart_singular_values_is_as_right_as_the_largest(
-    values: tuple[torch.Tensor, torch.Tensor],
-) -> None:
+def test_the_least_of_far_apart_values_is_as_right_as_the_largest(values: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Squared, the least is lost in the rounding of the largest, and what is tiny among denormal numbers."""
     of_a, of_b = values
     middle = turns(0, 3, 16, 16)  # those of BA are the products, one by one
@@ -115,7 +110,6 @@ def test_the_least_of_far_apart_singular_values_is_as_right_as_the_largest(
 
 
 def test_one_awkward_model_leaves_its_batch_as_it_was() -> None:
-    """Models of one batch are judged one by one: an untrained one, one of less rank, and a tiny one among others."""
     a, b = normal(0, 6, 4, 30), normal(1, 6, 20, 4)
     b[1] = 0
     a[2, 3] = a[2, 0]
@@ -131,7 +125,6 @@ def test_one_awkward_model_leaves_its_batch_as_it_was() -> None:
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("other", [0, 1])
 def test_a_value_that_is_not_finite_raises(bad: float, place: tuple[int, int, int], which: int, other: int) -> None:
-    """Also where the other factor is zero."""
     pair = [torch.full((3, 4, 9), other).double(), torch.full((3, 8, 4), other).double()]
     pair[which][:] = 1
     pair[which][place] = bad
