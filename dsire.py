@@ -1245,16 +1245,21 @@ def pair_spectra(path: Path, metadata: Any, rank: int, device: str, models: list
             if nulls or not most or least != most or most % rank or not pa.types.is_floating(numbers.type):
                 raise ValueError(f"{nulls} nulls, and lists of {least} to {most}")
             flat[part] = torch.utils.dlpack.from_dlpack(numbers).to(torch.float64).view(-1, most)
-        finite = torch.linalg.vector_norm(flat[part], math.inf, dim=1).isfinite()
-        if not finite.all():
-            raise DsireError(f"{column} holds a number that is NaN or infinite, of {models[finite.int().argmin()]}")
     columns = " and ".join(map(shown, parts.values()))
     hint = "" if device == "cpu" else "try --device=cpu"
     with asking(f"the spectra of columns {columns} can't be computed on {device}", hint):
         if {*flat} != {"A", "B"}:
             raise ValueError("of parquet A and B alone are read")
         a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
-        its = dict(zip(MATRICES, batch_spectra(a, b, device), strict=True))
+        try:
+            its = dict(zip(MATRICES, batch_spectra(a, b, device), strict=True))
+        except FloatingPointError:  # to look for it in every layer would take as long as its spectra
+            for part, name in parts.items():
+                finite = flat[part].isfinite().all(1)
+                if not finite.all():
+                    what = f"holds a number that is NaN or infinite, of {models[int(finite.int().argmin())]}"
+                    raise DsireError(f"column {shown(name)} {what}") from None
+            raise
     return Layer([b.shape[1], a.shape[2], rank], {part: its[part] for part in (*parts, "BA")})
 
 
