@@ -41,15 +41,34 @@ class Request(NamedTuple):
 class Fault:
     """What goes wrong with the next `times` requests (None: all) whose path fits `pattern` (`fnmatch`).
 
-    Kinds: "status", `value` is answered instead; "stall", for `value` seconds nothing comes in the middle of a body;
-    "flip", the byte in its middle is inverted: the length fits, the checksum does not. A large file has two paths:
-    ".../resolve/..." sends the client on, and "/cdn/..." holds the bytes.
+    Kinds: "status", `value` is answered instead; "delay", nothing comes for `value` seconds; "stall", so in the middle
+    of a body; "cut", no more than `value` bytes of it come; "flip", the byte in its middle is inverted: its length
+    fits, the checksum does not. A large file has two paths: ".../resolve/..." sends the client on, "/cdn/..." has the bytes.
     """
 
     kind: str
     pattern: str
-    value: int = 0
+    value: float = 0
     times: int | None = 1
+
+
+class Faults(list[Fault]):
+    """What goes wrong, in the order in which it was said."""
+
+    def status(self, pattern: str, status: int, times: int | None = 1) -> None:
+        self.append(Fault("status", pattern, status, times))
+
+    def delay(self, pattern: str, seconds: float, times: int | None = 1) -> None:
+        self.append(Fault("delay", pattern, seconds, times))
+
+    def stall(self, pattern: str, seconds: float, times: int | None = 1) -> None:
+        self.append(Fault("stall", pattern, seconds, times))
+
+    def cut(self, pattern: str, after: int, times: int | None = 1) -> None:
+        self.append(Fault("cut", pattern, after, times))
+
+    def flip(self, pattern: str, times: int | None = 1) -> None:
+        self.append(Fault("flip", pattern, 0, times))
 
 
 Answer = tuple[int, bytes, dict[str, str]]  # status, body and headers
@@ -107,9 +126,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         hub.requests.append(Request(self.command, path))  # before it is answered: a client that has it may look at once
+        if delay := hub.fault("delay", path):
+            hub.stopping.wait(delay.value)
         try:
             if fault := hub.fault("status", path):
-                raise Refusal(fault.value, "")
+                raise Refusal(int(fault.value), "")
             status, body, headers = self.answer(path)
         except Refusal as refusal:
             status, code = refusal.args
@@ -121,6 +142,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD" or not body:
             return
         content, middle = bytearray(body), len(body) // 2
+        if cut := hub.fault("cut", path):
+            self.wfile.write(content[: int(cut.value)])
+            return
         if hub.fault("flip", path):
             content[middle] ^= 0xFF
         self.wfile.write(content[:middle])
@@ -187,20 +211,21 @@ class HubStandIn:
     folder: Path
     name: str
     port: int = 0
+    kind: str = "dataset"
     requests: list[Request] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    faults: Faults = field(default_factory=Faults)
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
-        self.repository = self.add(self.folder, self.name)
+        self.repository = self.add(self.folder, self.name, self.kind)
 
     def add(self, folder: Path, name: str, kind: str = "dataset") -> Repository:
         """Serve one more repository."""
-        self.repositories[kind, name] = Repository(folder, name, kind)
+        self.repositories[kind, name] = Repository(Path(folder), name, kind)
         return self.repositories[kind, name]
 
-    def fails(self, kind: str, pattern: str, value: int = 0, times: int | None = 1) -> None:
+    def fails(self, kind: str, pattern: str, value: float = 0, times: int | None = 1) -> None:
         self.faults.append(Fault(kind, pattern, value, times))
 
     def fault(self, kind: str, path: str) -> Fault | None:
