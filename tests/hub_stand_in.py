@@ -43,7 +43,7 @@ class Fault:
 
     Kinds: "status", `value` is answered instead; "delay", nothing comes for `value` seconds; "stall", so in the middle
     of a body; "cut", no more than `value` bytes of it come; "flip", the byte in its middle is inverted: its length
-    fits, the checksum does not. A large file has two paths: ".../resolve/..." sends the client on, "/cdn/..." has the bytes.
+    fits, the checksum does not. A large file has two paths: ".../resolve/..." sends on, "/cdn/..." has the bytes.
     """
 
     kind: str
