@@ -34,7 +34,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -161,7 +161,9 @@ def in_parallel(function: Callable[[Any], T], items: Sequence[Any], at_once: int
     """What the function gives for each item, on all cores (or `at_once`), a thread each; `name` is a progress bar's."""
     from tqdm import tqdm
 
-    with one_thread_each(), ThreadPoolExecutor(min(at_once or cores(), cores())) as pool:
+    with one_thread_each(), ExitStack() as last:
+        pool = ThreadPoolExecutor(at_once or cores())
+        last.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error, or Ctrl-C, none is waited for
         results = pool.map(function, items)
         return list(tqdm(results, desc=name, total=len(items), disable=None if name and items else True))
 
@@ -1877,21 +1879,7 @@ def ask_hub(what: str, question: str, *arguments: Any, **options: Any) -> Any:
     with asking(what, "check the network, HF_TOKEN and HF_ENDPOINT"):
         with redirect_stdout(io.StringIO()):  # what it raises it prints, too
             from huggingface_hub import HfApi
-        return in_background(partial(getattr(HfApi(), question), *arguments, **options)).result()
-
-
-def in_background(function: Callable[[], T]) -> Future[T]:
-    """Call in a thread that the end of the script doesn't wait for: Ctrl-C ends a download at once."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # it belongs to the caller, who gets it with the result
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
+        return getattr(HfApi(), question)(*arguments, **options)
 
 
 def fingerprint(facts: Any) -> str:
@@ -2088,31 +2076,44 @@ def process_rank() -> int:
 def subset_spectra(
     source: Source, rank: int, cache: Path, device: str = "cpu", keep_shards: bool = False, base: Weights | None = None
 ) -> Spectra:
-    """The spectra of a whole subset: from the cache, and for the shards that it lacks from their weights."""
+    """The spectra of a whole subset: from the cache, and for the shards that it lacks from their weights.
+
+    Any number of processes share the work: torchrun's, other runs, other machines. Each begins at another shard, and
+    computes what is not there yet when it has the shard's lock. Of the two shards that a process has in hand one is
+    fetched, or waited for, while the other is computed, which needs no second lock: no circle of waiting can close.
+    """
     if source.kind == "spectra":
         return read_spectra(Path(source.shards[0].file))[0]
     place, files = "" if source.commit else str(Path(source.dataset).absolute()), source.kind == "files"
     # what is in the cache and sound is done: a file's name there changes with all that decides the spectra
     facts = {shard: fingerprint([FORMAT, rank, place, asdict(shard)]) for shard in source.shards}
     paths = {it: cache / "spectra" / f"{Path(it.file).stem[:40]}-{key}.safetensors" for it, key in facts.items()}
+    many = files and not base  # small ones: each core takes one
+    one_by_one = nullcontext() if many else threading.Lock()
 
-    def compute(shard: Shard, held: ExitStack, path: Path | None) -> None:
-        with held:
-            if path:
-                with naming(shard.file):
-                    spectra = file_spectra(path, base, rank, device) if files else shard_spectra(path, rank, device)
-                write_spectra(paths[shard], spectra, {})  # before the download goes: a killed run goes on at its shard
-                for download in (path.resolve(), path) if source.commit and not keep_shards else ():
-                    download.unlink(missing_ok=True)  # in huggingface_hub's cache it is a link
+    def computed(shard: Shard) -> Spectra:
+        with locked(paths[shard], shard, cache):
+            if found := cached(paths[shard]):  # by another process, meanwhile
+                return found
+            path = fetch(source, shard, cache)
+            with one_by_one, naming(shard.file):
+                spectra = file_spectra(path, base, rank, device) if files else shard_spectra(path, rank, device)
+            write_spectra(paths[shard], spectra, {})  # before the download goes: a killed run goes on at its shard
+            for download in (path.resolve(), path) if source.commit and not keep_shards else ():
+                download.unlink(missing_ok=True)  # in huggingface_hub's cache it is a link
+            return spectra
 
-    parts = {shard: cached(path) for shard, path in paths.items()}
-    if missing := {shard: paths[shard] for shard, part in parts.items() if part is None}:
-        share(source, missing, cache, compute, many=files and not base)
-    done = [part or read_spectra(paths[shard])[0] for shard, part in parts.items()]
+    done = {shard: spectra for shard, path in paths.items() if (spectra := cached(path))}
+    missing = [shard for shard in source.shards if shard not in done]
+    first = process_rank() * len(missing) // max(1, torchrun("WORLD_SIZE", 1))
+    walk = missing[first:] + missing[:first]
+    name = "" if process_rank() else "files" if files else "shards"
+    done |= zip(walk, in_parallel(computed, walk, cores() if many else 2, name), strict=True)
+    parts = [done[shard] for shard in source.shards]
     for number, shard in enumerate(source.shards if files else []):
         size, name, recipe = source.labels[shard.file]
-        done[number] = replace(done[number], sizes=torch.tensor([size]), names=[name], recipes=[recipe])
-    return join(done, [shard.file for shard in source.shards])
+        parts[number] = replace(parts[number], sizes=torch.tensor([size]), names=[name], recipes=[recipe])
+    return join(parts, [shard.file for shard in source.shards])
 
 
 def cached(path: Path) -> Spectra | None:
@@ -2122,51 +2123,23 @@ def cached(path: Path) -> Spectra | None:
     return None
 
 
-def share(source: Source, missing: dict[Shard, Path], cache: Path, compute: Callable[..., None], many: bool) -> None:
-    """Compute the spectra of shards together with any number of processes: torchrun's, other runs, other machines.
-
-    Each begins at another shard, computes what is not there yet when it has the shard's lock, and has all in the end.
-    The Hub's are fetched while the one before is computed. None waits for another in a circle: who waits for a lock
-    holds at most one, of a shard that is being computed, and lets it go without waiting. Of `many` each core takes one.
-    """
-    from tqdm import tqdm
-
-    first = process_rank() * len(missing) // max(1, torchrun("WORLD_SIZE", 1))
-    walk = [*missing][first:] + [*missing][:first]
-    name = "" if process_rank() else "files" if source.kind == "files" else "shards"
-    prepare = partial(prepared, source, cache, missing)
-    if many:
-        in_parallel(lambda shard: compute(shard, *prepare(shard)), walk, name=name)
-        return
-    coming: Future[tuple[ExitStack, Path | None]] | None = None
-    try:
-        for number, shard in enumerate(tqdm(walk, desc=name, disable=None if name else True), start=1):
-            ready = coming.result() if coming else prepare(shard)
-            coming = in_background(partial(prepare, walk[number])) if source.commit and number < len(walk) else None
-            compute(shard, *ready)
-    finally:
-        if coming:
-            coming.add_done_callback(lambda its: None if its.exception() else its.result()[0].close())
-
-
-def prepared(source: Source, cache: Path, missing: dict[Shard, Path], shard: Shard) -> tuple[ExitStack, Path | None]:
-    """A shard's lock, and the shard, fetched unless another process has computed its spectra meanwhile."""
+@contextmanager
+def locked(spectra: Path, shard: Shard, cache: Path) -> Iterator[None]:
+    """Hold the lock of a shard's spectra; what a run that was killed has left of them, or of its download, goes."""
     from filelock import FileLock
 
-    spectra = missing[shard]
+    halves = f"spectra/.*{spectra.stem[-16:]}.*.half", f"hub/*/blobs/{shard.version}.*.incomplete"
     with ExitStack() as held:
-        halves = f"spectra/.*{spectra.stem[-16:]}.*.half", f"hub/*/blobs/{shard.version}.*.incomplete"
-        try:  # taken in one thread, released in another; a file that exists would outlive a run that is killed
-            held.enter_context(FileLock(spectra.with_suffix(".lock"), thread_local=False, fallback_to_soft=False))
-            for half in [half for pattern in halves for half in cache.glob(pattern)]:  # of a run that was killed
+        try:  # a file that exists, in place of a lock, would outlive a run that is killed
+            held.enter_context(FileLock(spectra.with_suffix(".lock"), fallback_to_soft=False))
+            for half in [half for pattern in halves for half in cache.glob(pattern)]:
                 half.unlink(missing_ok=True)
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             # two may compute it now, which is no harm
             say_once(f"{spectra.parent} knows no locks ({shown(error)}): going on without", file=sys.stderr)
-        path = None if cached(spectra) else fetch(source, shard, cache)
-        return held.pop_all(), path
+        yield
 
 
 # ---- The report: what is printed, as lines, what is written for programs, and pictures: the paper's Figures 2 to 6 --
@@ -2587,22 +2560,17 @@ def main() -> int:
         return run(command_line().parse_args())
     except KeyboardInterrupt:
         say("dsire.py: stopped; run it again to go on", file=sys.stderr)
-        code = 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
-        code = 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE
     except (DsireError, OSError, RecursionError, MemoryError) as error:
         if process_rank():
             return 0  # the first process meets the same, and says it
         text = error if isinstance(error, DsireError) else f"{shown(error)}; what was computed is kept"
         say(f"dsire.py: error: {text}", file=sys.stderr)
-        code = 2
-    try:
-        print(end="", flush=True)
-    except OSError:  # what can't be printed is not tried again at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+        return 2
 
 
 if __name__ == "__main__":
     gc.freeze()  # what was imported is no garbage: to search it again and again, and at the exit, takes a second
-    sys.exit(main())
+    os._exit(main())  # at once: what others still fetch is not waited for, and what was imported not taken apart

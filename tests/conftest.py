@@ -213,7 +213,7 @@ def run_anew(tmp_path: Path) -> Run:
 def wait_for_downloads(seconds: float) -> None:
     """A run that ended with an error may still be fetching a shard ahead: it ends before the next test starts."""
     for thread in threading.enumerate():
-        if thread.name.endswith("(work)"):  # dsire.in_background
+        if thread.name.startswith("ThreadPoolExecutor"):
             thread.join(seconds)
 
 
