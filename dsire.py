@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import errno
 import gc
 import hashlib
 import io
@@ -56,7 +55,7 @@ CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
 MATRICES = ("A", "B", "BA")
 LARGEST = 32  # singular values of a change of the weights that are kept, unless --rank says how many
 FORMAT = 5  # of files of spectra, in the cache and shared: those of another format are not read
-DISTANCES_AT_ONCE = 2**20  # of one voter, by the nearest-neighbour search: 8 MiB for each core
+DISTANCES_AT_ONCE = 2**25  # by the nearest-neighbour search, over all cores
 BYTES_AT_ONCE = 2**27  # of decoded columns, over all cores
 
 # MAE, MAPE in % and accuracy in %, mean and standard deviation over ten experiments: the paper's Tables 2 to 5 and 9.
@@ -162,7 +161,7 @@ def in_parallel(function: Callable[[Any], T], items: Sequence[Any], at_once: int
     from tqdm import tqdm
 
     with one_thread_each(), ExitStack() as last:
-        pool = ThreadPoolExecutor(at_once or cores())
+        pool = ThreadPoolExecutor(min(at_once or cores(), cores()))
         last.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error, or Ctrl-C, none is waited for
         results = pool.map(function, items)
         return list(tqdm(results, desc=name, total=len(items), disable=None if name and items else True))
@@ -239,17 +238,6 @@ def product_spectrum(b: Tensor, a: Tensor, count: int) -> Tensor:
 def of_rank(values: Tensor, rank: int) -> Tensor:
     """Spectra [..., any number] cut, or filled with zeros, to [..., rank]."""
     return torch.nn.functional.pad(values, (0, rank - values.shape[-1]))
-
-
-def batch_spectra(a: Tensor, b: Tensor, device: str) -> Tensor:
-    """`lora_spectra` of a batch on a device, [3, models, r] on the CPU; the batch is halved while memory is short."""
-    try:
-        return torch.stack(lora_spectra(a.to(device), b.to(device))).cpu()
-    except torch.cuda.OutOfMemoryError:
-        if len(a) == 1:
-            raise DsireError(f"{device} has no memory left for a single layer: use --device=cpu") from None
-    half = len(a) // 2
-    return torch.cat([batch_spectra(a[:half], b[:half], device), batch_spectra(a[half:], b[half:], device)], dim=1)
 
 
 class Voter(NamedTuple):
@@ -348,35 +336,25 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
     # distances (Euclidean) are exact, each computed once for all splits; of models that are equally far the first one
     trained = torch.cat([split.train for split in splits]).unique()
     asked = torch.cat([split.test for split in splits]).unique()
-    train = [torch.searchsorted(trained, split.train).numpy() for split in splits]
-    test = [torch.searchsorted(asked, split.test).numpy() for split in splits]
-    found = [np.empty((len(values), len(split.test)), dtype=np.int64) for split in splits]
-    block = max(1, DISTANCES_AT_ONCE // len(trained))
-    among_all = torch.equal(trained, asked) and len(asked) <= block
+    columns = [torch.searchsorted(trained, split.train).numpy() for split in splits]
+    rows = [torch.searchsorted(asked, split.test).numpy() for split in splits]
 
-    def search(voter: int) -> None:
+    def search(voter: int) -> list[Any]:
         # squares of very large or small spectra are out of range; a power of two changes no digit of the others
         middle = float(values[voter, trained].amax(-1).median())
         factor = 2.0 ** min(1000, max(-1000, -math.frexp(middle)[1]))
-        known = values[voter, trained] * factor
-        for start in range(0, len(asked), block):
-            these = known if among_all else values[voter, asked[start : start + block]] * factor
-            squares = squared_distances(these, known)
-            for nearest_ones, columns, rows in zip(found, train, test, strict=True):
-                first, last = np.searchsorted(rows, (start, start + block))
-                here = squares.take(rows[first:last] - start, axis=0).take(columns, axis=1)
-                nearest_ones[voter, first:last] = columns[here.argmin(1)]
+        squares = squared_distances(values[voter, asked] * factor, values[voter, trained] * factor)
+        every = zip(rows, columns, strict=True)
+        return [train[squares.take(test, axis=0).take(train, axis=1).argmin(1)] for test, train in every]
 
-    in_parallel(search, range(len(values)))
-    return [trained[torch.from_numpy(nearest_ones)] for nearest_ones in found]
+    found = in_parallel(search, range(len(values)), DISTANCES_AT_ONCE // (len(asked) * len(trained)) + 1)
+    return [trained[torch.from_numpy(np.stack(its))] for its in zip(*found, strict=True)]
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Any:
     """|x_i - y_j|² of rows x [n, r] and y [m, r]: a NumPy array [n, m]."""
-    from scipy.spatial.distance import cdist, pdist, squareform  # comes with scikit-learn
+    from scipy.spatial.distance import cdist  # comes with scikit-learn
 
-    if x is y:  # each pair once
-        return squareform(pdist(x.numpy(), "sqeuclidean"))
     return cdist(x.numpy(), y.numpy(), "sqeuclidean")  # not `torch.cdist`: its roots make near ones equal
 
 
@@ -1254,15 +1232,13 @@ def pair_spectra(path: Path, metadata: Any, rank: int, device: str, models: list
             raise ValueError("of parquet A and B alone are read")
         a, b = flat["A"].view(len(table), rank, -1), flat["B"].view(len(table), -1, rank)
         try:
-            its = dict(zip(MATRICES, batch_spectra(a, b, device), strict=True))
-        except FloatingPointError:  # to look for it in every layer would take as long as its spectra
-            for part, name in parts.items():
-                finite = flat[part].isfinite().all(1)
-                if not finite.all():
-                    what = f"holds a number that is NaN or infinite, of {models[int(finite.int().argmin())]}"
-                    raise DsireError(f"column {shown(name)} {what}") from None
-            raise
-    return Layer([b.shape[1], a.shape[2], rank], {part: its[part] for part in (*parts, "BA")})
+            its = dict(zip(MATRICES, lora_spectra(a.to(device), b.to(device)), strict=True))
+        except FloatingPointError as error:
+            bad = [
+                model for model, *both in zip(models, a, b, strict=True) if not all(x.isfinite().all() for x in both)
+            ]
+            raise ValueError(f"{error}{f', of {bad[0]}' if bad else ''}") from None
+    return Layer([b.shape[1], a.shape[2], rank], {part: its[part].cpu() for part in (*parts, "BA")})
 
 
 def join(parts: list[Spectra], names: list[str]) -> Spectra:
@@ -1686,15 +1662,12 @@ def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
 def model_files(folder: Path, base: Weights | None = None) -> tuple[list[Path], dict[Path, str]]:
     """The models below a folder, sorted, of shards the first one; and why each other weights file is none."""
     models, others = [], {}
-    of_base = {os.path.realpath(file) for file in base.files} if base else set()  # by whatever name or link
     safe: set[Path] = set()  # folders with models in safetensors
     for path in visible_files(folder, SAFE_ENDINGS) + visible_files(folder, PICKLE_ENDINGS):
         pickled = path.suffix.lower() in PICKLE_ENDINGS
         if path != next((part for part in parts_of(path) if part.is_file()), path):
             continue
         try:
-            if os.path.realpath(path) in of_base:
-                raise NoLora("it is the base itself")
             if pickled and path.parent in safe:
                 raise NoLora("a pickle beside safetensors")
             if pickled and TRAINERS.match(path.name):
@@ -1755,7 +1728,7 @@ def find_source(
         spectra, about = read_spectra(file)
         told = [str(about.get(fact, "")) for fact in ("dataset", "subset", "commit")]
         texts = "".join(map(str, [*told, *spectra.names, *spectra.recipes, *spectra.shapes, spectra.method]))
-        if any(unicodedata.category(letter)[0] == "C" for letter in texts) or spectra.sizes.min() < 1:
+        if not texts.isprintable() or spectra.sizes.min() < 1:
             raise DsireError("can't be right: control characters in names, or a model without a size")
         if subset not in (None, told[1]):
             raise DsireError(f"holds subset {told[1]}, not {subset}: leave --subset out")
@@ -1774,11 +1747,7 @@ def folder_source(folder: Path, subset: str | None, base: Weights | None) -> Sou
         if subset is not None:
             raise DsireError(f"--subset={subset}: {folder} holds labelled files, which have no subsets; leave it out")
         listed = {part for file in labels for part in parts_of(folder / file)}
-        of_base = {*map(os.path.realpath, base.files if base else [])}  # by whatever name or link
-        its_base = {file for file in (*listed, *every) if os.path.realpath(file) in of_base}
-        if listed & its_base:
-            raise DsireError(f"{folder / 'metadata.csv'} lists the base, {min(listed & its_base)}: leave it out there")
-        if others := [file.relative_to(folder) for file in every if file not in listed | its_base]:
+        if others := [file.relative_to(folder) for file in every if file not in listed]:
             source.notes.append(f"{counted(len(others), 'file')} left out, as not in metadata.csv, such as {others[0]}")
         names = sorted(labels, key=Path)
     elif not names or (subset is None and len(names) < len(every)):
@@ -1888,10 +1857,7 @@ def fingerprint(facts: Any) -> str:
 
 def hub_source(repo: str, kind: str, subset: str | None, file: str | None, revision: str | None, cache: Path) -> Source:
     """The files of a repository on the Hub that are wanted; those found before where it can't be asked now."""
-    here = f"{repo}: no such file or folder here; "
-    if repo == LORA_WISE:
-        ships = [f"{its.parent.name}_{its.name}" for its in sorted(SHIPPED.glob("*/*"))]
-        here = "" if subset in (None, *ships) else f"--subset={subset} does not ship, as {' '.join(ships)} do; "
+    here = f"--subset={subset} does not ship; " if repo == LORA_WISE else f"{repo}: no such file or folder here; "
     what = f"{kind} {repo}{f' at revision {revision}' if revision else ''}"
     options: dict[str, Any] = {"repo_type": kind, "revision": revision, "files_metadata": True, "timeout": PATIENCE}
     saved = cache / "sources" / f"{fingerprint([repo, kind, subset, file, revision])}.json"
@@ -2108,7 +2074,7 @@ def subset_spectra(
     first = process_rank() * len(missing) // max(1, torchrun("WORLD_SIZE", 1))
     walk = missing[first:] + missing[:first]
     name = "" if process_rank() else "files" if files else "shards"
-    done |= zip(walk, in_parallel(computed, walk, cores() if many else 2, name), strict=True)
+    done |= zip(walk, in_parallel(computed, walk, 0 if many else 2, name), strict=True)
     parts = [done[shard] for shard in source.shards]
     for number, shard in enumerate(source.shards if files else []):
         size, name, recipe = source.labels[shard.file]
@@ -2134,10 +2100,7 @@ def locked(spectra: Path, shard: Shard, cache: Path) -> Iterator[None]:
             held.enter_context(FileLock(spectra.with_suffix(".lock"), fallback_to_soft=False))
             for half in [half for pattern in halves for half in cache.glob(pattern)]:
                 half.unlink(missing_ok=True)
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            # two may compute it now, which is no harm
+        except (OSError, NotImplementedError) as error:  # two may compute it now, which is no harm
             say_once(f"{spectra.parent} knows no locks ({shown(error)}): going on without", file=sys.stderr)
         yield
 
@@ -2371,8 +2334,6 @@ def settle(arguments: argparse.Namespace) -> list[str]:
             raise DsireError(f"--{name}: '{number}' is not a whole number from 1 up")
     if not 0 < arguments.confidence < 1:
         raise DsireError(f"--confidence: '{arguments.confidence}' is not between 0 and 1")
-    if arguments.confidence != 0.9 and not arguments.predict:
-        raise DsireError("--confidence is about the sets of sizes that --predict names: leave it out")
     if arguments.predict and arguments.compare:
         raise DsireError("--compare is about the labelled models: leave it out with --predict")
     if arguments.plots and not arguments.output:

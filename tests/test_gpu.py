@@ -48,23 +48,12 @@ def test_no_thread_makes_the_first_call(run: Run, tmp_path: Path, monkeypatch: p
     assert from_threads == {*ROUTINES}
 
 
-def test_a_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute, tried, largest = dsire.lora_spectra, [], 3
+def test_a_device_that_is_too_small(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_of_memory(*_: torch.Tensor) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    def short_of_memory(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tried.append(len(a))
-        if len(a) > largest:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return compute(a, b)
-
-    a, b = torch.randn(11, 4, 20, dtype=torch.float64), torch.randn(11, 20, 4, dtype=torch.float64)
-    whole = dsire.batch_spectra(a, b, "cpu")
-    monkeypatch.setattr(dsire, "lora_spectra", short_of_memory)
-    torch.testing.assert_close(dsire.batch_spectra(a, b, "cpu"), whole, rtol=1e-12, atol=0)
-    assert tried == [11, 5, 2, 3, 6, 3, 3]
-    largest = 0
-    with pytest.raises(dsire.DsireError, match="no memory left for a single layer: use --device=cpu"):
-        dsire.batch_spectra(a, b, "cpu")
+    monkeypatch.setattr(dsire, "warm_up", lambda device: monkeypatch.setattr(dsire, "lora_spectra", short_of_memory))
+    assert run(f"--dataset={folder}").says("CUDA out of memory", "columns")
 
 
 @on_gpu

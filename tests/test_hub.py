@@ -152,7 +152,7 @@ def test_a_subset_that_does_not_ship(run_anew: Run, hub: HubStandIn) -> None:
     hub.stop()
     outcome = run_anew("--subset=low4")
     hub.start()
-    assert outcome.says("--subset=low4", "does not ship, as low_4 medium_4 recipes_4 do")
+    assert outcome.says("--subset=low4", "does not ship")
 
 
 @pytest.mark.parametrize("fault", ["no token", "a wrong token", "not on the list", "no network", "offline"])

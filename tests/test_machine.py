@@ -49,7 +49,7 @@ def test_a_disk_without_locks(number: int, run_anew: Run, shipped_by_the_book: B
     (tmp_path / "sitecustomize.py").write_text(code)
     outcome = run_anew(ONCE, PYTHONPATH=str(tmp_path))
     assert_right(outcome, shipped_by_the_book, experiments=1)
-    assert outcome.err.count("knows no locks") == outcome.err.count("\n") == 1
+    assert outcome.err.count("knows no locks") == outcome.err.count("\n") > 0
 
 
 @pytest.mark.parametrize(("stdout", "unbuffered"), [("pipe", ""), ("pipe", "1"), ("/dev/full", "")])

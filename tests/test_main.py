@@ -210,7 +210,6 @@ def test_a_device_that_is_none(device: str, run: Run, nothing_is_read: None) -> 
     ("arguments", "named"),
     [
         (["--compare", "--predict", "x"], "--compare"),
-        (["--confidence=0.8"], "--confidence"),
         (["--rank=0"], "--rank"),
         (["--experiments=9007199254740993"], "--experiments"),
         (["--leave_out=recipe"], "--leave_out"),

@@ -248,15 +248,19 @@ def test_a_link_to_something_else_is_not_printed(run: Run, tmp_path: Path) -> No
     assert "hunter2" not in outcome.err
 
 
-def test_the_base_in_the_folder_is_no_labelled_file(tmp_path: Path) -> None:
-    own = write_labelled(tmp_path / "own")
-    save_file({"layer.weight": torch.ones(4, 4)}, own / "base.safetensors")
-    base = dsire.open_base(str(own / "base.safetensors"))
-    assert dsire.find_source(str(own), None, None, tmp_path, base).notes == []
-    with (own / "metadata.csv").open("a") as file:
-        file.write("\nbase.safetensors,10,a")
-    with pytest.raises(dsire.DsireError, match="lists the base"):
-        dsire.find_source(str(own), None, None, tmp_path, base)
+def test_the_base_among_the_labelled_files(run: Run, tmp_path: Path) -> None:
+    """It is one more file, and untrained."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for number, name in enumerate(("base", "a1", "b1", "c1")):
+        save_file({"layer.weight": torch.ones(4, 4) + number * torch.eye(4) / 8}, own / f"{name}.safetensors")
+    rows = ["file_name,label,name", *(f"{name}1.safetensors,3,{name}" for name in "abc")]
+    (own / "metadata.csv").write_text("\n".join(rows))
+    outcome = run("--dataset", own, "--base", own / "base.safetensors", "--train_size=1")
+    assert "1 file left out, as not in metadata.csv, such as base.safetensors" in outcome.out
+    (own / "metadata.csv").write_text("\n".join([*rows, "base.safetensors,3,d"]))
+    outcome = run("--dataset", own, "--base", own / "base.safetensors", "--train_size=1")
+    assert f"note: {dsire.UNTRAINED} (1 of 4 files, such as base.safetensors)" in outcome.out
 
 
 def test_a_row_may_name_the_folder_of_an_adapter(tmp_path: Path) -> None:
