@@ -487,8 +487,6 @@ def mean_and_std(experiments: list[Metrics]) -> dict[str, tuple[float, float]]:
 
 # ---- Beyond the paper: one regression from all log spectra to log n -------------------------------------------------
 
-PENALTIES = tuple(10 ** (power / 2) for power in range(-8, 5))  # to choose from
-
 
 def log_ridge(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """One ridge regression from all log spectra to log n; answers the training size nearest in log."""
@@ -555,22 +553,22 @@ def left_out_ridge(kernel: Tensor, cross: Tensor, y: Tensor, units: Tensor) -> t
     """Ridge regression on y [models] with an intercept: answers [new], and [models] each without its unit, int64."""
     if len(y) == 1:
         return y.expand(len(cross)), y
-    of_model = kernel.mean(0)
+    penalties, of_model = [10 ** (power / 2) for power in range(-8, 5)], kernel.mean(0)
     values, vectors = torch.linalg.eigh(kernel - of_model - of_model[:, None] + of_model.mean())
     values = values.clamp_min(0)
     folds = [(units == unit).nonzero().flatten() for unit in units.unique()]
-    errors = y.new_empty(len(PENALTIES), len(y))
+    errors = y.new_empty(len(penalties), len(y))
     # with the hat matrix H (fitted values H y), a unit f that is left out is missed by (I - H_ff)^-1 (y - H y)_f
-    for penalty, missed in zip(PENALTIES, errors, strict=True):
+    for penalty, missed in zip(penalties, errors, strict=True):
         hat = (vectors * (values / (values + penalty))) @ vectors.T + 1 / len(y)
         residuals = y - hat @ y
         for fold in folds:
             rest = torch.eye(len(fold), dtype=y.dtype) - hat[fold][:, fold]
             missed[fold] = torch.linalg.solve(rest, residuals[fold])
-    best = min(range(len(PENALTIES)), key=lambda row: float(errors[row].square().mean()))
+    best = min(range(len(penalties)), key=lambda row: float(errors[row].square().mean()))
     cross = cross - of_model
     cross = cross - cross.mean(1, keepdim=True)
-    weights = (cross @ vectors / (values + PENALTIES[best])) @ vectors.T + 1 / len(y)  # H for new models
+    weights = (cross @ vectors / (values + penalties[best])) @ vectors.T + 1 / len(y)  # H for new models
     return weights @ y, y - errors[best]
 
 
@@ -626,6 +624,7 @@ PREDICTORS: dict[str, Predictor] = {
 
 NOT_COMPARABLE = 0.05  # p-values of the check up to this are said first
 REASONS = "another recipe, another base of the same shape, or a size that is not labelled"
+SD_OF_WIDTH = {768: " (SD 1.5)", 1024: " (SD 2)", 2048: " (SDXL)"}
 UNTRAINED = "untrained: the change of the weights is zero in every layer, an estimate means nothing"
 
 
@@ -663,12 +662,6 @@ def leave_out(fitted: Spectra, new: Spectra, predictor: Predictor) -> tuple[Pred
         shares[fold.test[:, None], known.nonzero().T] = its.shares
         left_out_sizes[fold.test] = its.sizes
     return replace(answer, answers=None), Prediction(left_out_sizes, answer.candidates, shares)
-
-
-def how_good(fitted: Spectra, predictor: str) -> Metrics | None:
-    """The metrics of labelled models whose micro-dataset is left out; None where there is a single one."""
-    left_out = leave_out(fitted, fitted.of_models(torch.tensor([0])), PREDICTORS[predictor])[1]
-    return metrics(fitted.sizes, left_out.sizes) if fitted.count > 1 else None
 
 
 def conformal_p(fitted: Spectra, left_out: Prediction, new: Prediction, candidates: Tensor) -> Tensor:
@@ -806,9 +799,8 @@ def what_can_be_supported(fitted: Spectra, confidence: float) -> list[str]:
     """Notes if labelled sizes, or recipes, are in too few micro-datasets for the sets or the check."""
     if fitted.count == 1:
         return ["one micro-dataset only: how sure an estimate is, and whether a file is comparable, can't be told"]
-    of_size, of_group = (
-        [len(fitted.micro_datasets[its == one].unique()) for one in its] for its in (fitted.sizes, fitted.groups)
-    )
+    every, kinds = fitted.micro_datasets, (fitted.sizes, fitted.groups)
+    of_size, of_group = ([len(every[its == one].unique()) for one in its] for its in kinds)
     least, needed, notes = min(of_size), math.ceil(1 / (1 - confidence) - 1 - 1e-9), []
     if least < needed:
         most = f"{least / (least + 1):.0%}: label {needed} or more for {100 * confidence:.6g}%"
@@ -817,15 +809,6 @@ def what_can_be_supported(fitted: Spectra, confidence: float) -> list[str]:
     if sum(count > 1 for count in of_group) < enough:
         notes.append(f"whether a file is comparable can't be told: label {enough} models or more")
     return notes
-
-
-SUBSETS_THAT_FIT = {  # LoRA-WiSE's, by width and rank
-    (768, 8): "low_8",
-    (768, 16): "low_16 medium_16",
-    (768, 32): "low_32 medium_32 high_32",
-    (1024, 32): "medium_32_2",
-}
-SD_OF_WIDTH = {768: " (SD 1.5)", 1024: " (SD 2)", 2048: " (SDXL)"}
 
 
 def matched(file: Spectra, fitted: Spectra) -> Spectra:
@@ -866,7 +849,8 @@ def what_they_are(file: Spectra, fitted: Spectra) -> str:
     """The kind of a file's model and of the labelled ones, and what to do about it."""
     (its, looks), (theirs, their_looks) = kind_of_model(file.shapes), kind_of_model(fitted.shapes)
     advice = "label models of its own kind (README, Your own LoRA)"
-    if fits := [SUBSETS_THAT_FIT[look] for look in sorted(looks - their_looks) if look in SUBSETS_THAT_FIT]:
+    subsets = {name: (1024 if name.endswith("_2") else 768, int(name.split("_")[1])) for name, _ in PAPER}
+    if fits := [name for name, look in subsets.items() if look in looks - their_looks]:
         advice = f"use --subset with one of: {' '.join(fits)}"
     elif "BA" in {*fitted.kinds} - {*file.kinds}:
         advice = f"of a {file.method} the change of its weights is known if --base gives the model it began as"
@@ -1234,9 +1218,8 @@ def pair_spectra(path: Path, metadata: Any, rank: int, device: str, models: list
         try:
             its = dict(zip(MATRICES, lora_spectra(a.to(device), b.to(device)), strict=True))
         except FloatingPointError as error:
-            bad = [
-                model for model, *both in zip(models, a, b, strict=True) if not all(x.isfinite().all() for x in both)
-            ]
+            both = zip(models, a, b, strict=True)
+            bad = [model for model, *its in both if not all(matrix.isfinite().all() for matrix in its)]
             raise ValueError(f"{error}{f', of {bad[0]}' if bad else ''}") from None
     return Layer([b.shape[1], a.shape[2], rank], {part: its[part].cpu() for part in (*parts, "BA")})
 
@@ -1637,12 +1620,11 @@ def stated_size(header: dict[str, str]) -> int:
     # a folder counts once, in however many resolutions it is used: in several of ss_datasets, or as "cat", "cat (2)"
     sizes = []
     with suppress(AttributeError, KeyError, TypeError):  # it is not as kohya writes it
-        most: dict[tuple[Any, int], int] = {}  # how many folders there are of a name and a number of images
+        most: Counter[tuple[Any, int]] = Counter()  # how many folders there are of a name and a number of images
         for one in parsed(header.get("ss_datasets", "")):
             parts = [part for part in one["subsets"] if not part.get("is_reg")]
             places = [part.get("image_dir") or part.get("metadata_file") for part in parts]
-            here = Counter(zip(places, (dataset_size(part["img_count"]) for part in parts), strict=True))
-            most |= {folder: max(times, most.get(folder, 0)) for folder, times in here.items()}
+            most |= Counter(zip(places, (dataset_size(part["img_count"]) for part in parts), strict=True))
         sizes.append(sum(size * times for (_, size), times in most.items()))
     with suppress(AttributeError, KeyError, TypeError):
         folders, once = parsed(header.get("ss_dataset_dirs", "")), set()
@@ -1688,7 +1670,6 @@ def model_files(folder: Path, base: Weights | None = None) -> tuple[list[Path], 
 REPOSITORY = re.compile(r"(?:https://huggingface\.co/(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)/?(?::(.+))?")
 PATIENCE = 60  # seconds that the Hub may be silent
 FACTS = ("names", "recipes", "voters", "shapes", "method", "notes", "first")  # of Spectra, in a file of them
-say_once = lru_cache(say)
 
 
 @dataclass(frozen=True)
@@ -1709,15 +1690,13 @@ class Source:  # the files of a subset
     labels: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # of labelled files: size, name, recipe
 
 
-def find_source(
-    dataset: str, subset: str | None, revision: str | None, cache: Path, base: Weights | None = None
-) -> Source:
-    """The files of a subset in a folder or on the Hub, or a file of spectra; labelled files began as `base`."""
+def find_source(dataset: str, subset: str | None, revision: str | None, cache: Path) -> Source:
+    """The files of a subset in a folder or on the Hub, or a file of spectra."""
     place = path_of(dataset)
     if revision is not None and os.path.exists(place):
         raise DsireError(f"--revision is of a dataset on the Hub, and {place} is here: leave it out")
     if os.path.isdir(place):
-        return folder_source(place, subset, base)
+        return folder_source(place, subset)
     match = REPOSITORY.fullmatch(dataset)
     if match and not match[2] and not os.path.exists(place):
         return hub_source(match[1], "dataset", subset, None, revision, cache)
@@ -1737,7 +1716,7 @@ def find_source(
     return Source(told[0], told[1], told[2], [shard], [note], "spectra")
 
 
-def folder_source(folder: Path, subset: str | None, base: Weights | None) -> Source:
+def folder_source(folder: Path, subset: str | None) -> Source:
     """The files of models that metadata.csv labels in a folder; or, without one, the parquet files of a subset."""
     every, labels, shipped = visible_files(folder, (*WEIGHT_ENDINGS, ".parquet")), metadata_csv(folder), []
     kind, called = ("files", folder.resolve().name) if labels else ("dataset", subset or "")
@@ -1755,13 +1734,11 @@ def folder_source(folder: Path, subset: str | None, base: Weights | None) -> Sou
         raise DsireError(f"--dataset={folder} holds {found} write metadata.csv with file_name, label, name")
     elif folder == SHIPPED:  # which needs neither `datasets` nor the time to import it
         shipped = [name for name in names if str(Path(name).parent) == source.subset.replace("_", "/")]
-    stats = [(str(its.absolute()), its.stat().st_size, its.stat().st_mtime_ns) for its in base.files] if base else []
-    began_as = f"-{fingerprint(stats)}" if base and labels else ""
     for name in shipped or names:
         file = folder / name
         beside = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
         facts = [part.stat() for part in dict.fromkeys([file, *beside])]  # of all that decides its spectra
-        version = "-".join(str(fact.st_mtime_ns) for fact in facts) + began_as
+        version = "-".join(str(fact.st_mtime_ns) for fact in facts)
         source.shards.append(Shard(name, sum(fact.st_size for fact in facts), version))
     return source if labels or shipped else files_of_subset(source, folder / "README.md")
 
@@ -1890,7 +1867,7 @@ def hub_source(repo: str, kind: str, subset: str | None, file: str | None, revis
         if not known:
             raise
         return replace(known, notes=[f"{error}; going on with commit {known.commit[:12]}", *known.notes])
-    write_json(saved, {"source": asdict(source), "digest": fingerprint(asdict(source))})
+    write_whole(saved, json.dumps({"source": asdict(source), "digest": fingerprint(asdict(source))}))
     return source
 
 
@@ -1975,12 +1952,6 @@ def write_whole(path: Path, content: bytes | str) -> None:
         half.replace(path)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON; what can't be told, a NaN, is null in it."""
-    plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    write_whole(path, json.dumps(plain, indent=2) + "\n")
-
-
 def write_spectra(path: Path, spectra: Spectra, about: dict[str, Any], dtype: torch.dtype = torch.float64) -> None:
     """Write spectra, all that is known of the models, and what else is to be told `about` them, as safetensors."""
     from safetensors.torch import save
@@ -2052,7 +2023,8 @@ def subset_spectra(
         return read_spectra(Path(source.shards[0].file))[0]
     place, files = "" if source.commit else str(Path(source.dataset).absolute()), source.kind == "files"
     # what is in the cache and sound is done: a file's name there changes with all that decides the spectra
-    facts = {shard: fingerprint([FORMAT, rank, place, asdict(shard)]) for shard in source.shards}
+    began_as = [(str(its.absolute()), its.stat().st_size, its.stat().st_mtime_ns) for its in base.files] if base else []
+    facts = {shard: fingerprint([FORMAT, rank, place, began_as, asdict(shard)]) for shard in source.shards}
     paths = {it: cache / "spectra" / f"{Path(it.file).stem[:40]}-{key}.safetensors" for it, key in facts.items()}
     many = files and not base  # small ones: each core takes one
     one_by_one = nullcontext() if many else threading.Lock()
@@ -2096,16 +2068,20 @@ def locked(spectra: Path, shard: Shard, cache: Path) -> Iterator[None]:
 
     halves = f"spectra/.*{spectra.stem[-16:]}.*.half", f"hub/*/blobs/{shard.version}.*.incomplete"
     with ExitStack() as held:
-        try:  # a file that exists, in place of a lock, would outlive a run that is killed
+        with asking(f"{spectra.parent} can't be locked", "give a --cache_dir on another disk"):
+            # a file that exists, in place of a lock, would outlive a run that is killed
             held.enter_context(FileLock(spectra.with_suffix(".lock"), fallback_to_soft=False))
-            for half in [half for pattern in halves for half in cache.glob(pattern)]:
-                half.unlink(missing_ok=True)
-        except (OSError, NotImplementedError) as error:  # two may compute it now, which is no harm
-            say_once(f"{spectra.parent} knows no locks ({shown(error)}): going on without", file=sys.stderr)
+        for half in [half for pattern in halves for half in cache.glob(pattern)]:
+            half.unlink(missing_ok=True)
         yield
 
 
 # ---- The report: what is printed, as lines, what is written for programs, and pictures: the paper's Figures 2 to 6 --
+
+ESTIMATES = ("file", "status", "estimate", "share", "confidence_set", "would_be", "recipe_p", "stated_size", "notes")
+PICTURED = 20  # files at most in a picture
+Judged = tuple[Estimate, Spectra, Spectra]  # of a file: its estimate, its spectra, the labelled models on its voters
+Asked = dict[str, Path | str | Exception]  # name -> a file, or why it is left out, or why it is refused
 
 
 def about_models(spectra: Spectra, subset: str, how: str) -> list[str]:
@@ -2116,17 +2092,6 @@ def about_models(spectra: Spectra, subset: str, how: str) -> list[str]:
     method = "" if spectra.method == "LoRA" else f"{spectra.method}, "
     voters = f"{kind}; {method}matrices {' '.join(spectra.kinds)}, so {counted(len(spectra.voters), 'voter')}"
     return [f"{subset}: {models}, {sets}, sizes {sizes}", voters, how, *(f"note: {note}" for note in spectra.notes)]
-
-
-def csv_text(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """CSV: numbers with four digits, blank where there is nothing; of longer rows, their beginning."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(heads)
-    for row in rows:
-        cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row[: len(heads)]]
-        writer.writerow(["; ".join(cell) if isinstance(cell, list) else cell for cell in cells])
-    return text.getvalue()
 
 
 def estimate_row(estimate: Estimate, predictor: str) -> dict[str, Any]:
@@ -2167,18 +2132,21 @@ def estimate_lines(estimate: Estimate, predictor: str, confidence: float, said: 
     return ["", f"{estimate.file}: {title}", *(f"  {line}" for line in lines)]
 
 
-def write_files(output: Path, table: str, text: str, settings: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """A table, and report.json: what was asked, of what, with which versions, and what was found. Lines that say so."""
+def write_files(place: Path, table: str, heads: Sequence[str], rows: Iterable[Any], found: dict[str, Any]) -> list[str]:
+    """A table as CSV; what was found, and by which versions, as report.json. Returns lines that say so."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
+    for row in rows:  # of longer ones the beginning; blank is what there is not
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row[: len(heads)]]
+        writer.writerow(["; ".join(cell) if isinstance(cell, list) else cell for cell in cells])
     packages = ("torch", "numpy", "scikit-learn", "huggingface_hub", "datasets", "pyarrow", "safetensors")
     versions = {"python": sys.version.split()[0], **{package: version(package) for package in packages}}
-    write_whole(output / table, text)
-    write_json(output / "report.json", {"settings": settings, "versions": versions, **found})
-    return ["", f"wrote {output / table}", f"wrote {output / 'report.json'}"]
-
-
-ESTIMATES = ("file", "status", "estimate", "share", "confidence_set", "would_be", "recipe_p", "stated_size", "notes")
-PICTURED = 20  # files at most in a picture
-Judged = tuple[Estimate, Spectra, Spectra]  # of a file: its estimate, its spectra, the labelled models on its voters
+    content = json.dumps({**found, "versions": versions})
+    plain = json.loads(content, parse_constant=lambda _: None)  # a NaN, which can't be told, is null
+    write_whole(place / table, text.getvalue())
+    write_whole(place / "report.json", json.dumps(plain, indent=2) + "\n")
+    return ["", f"wrote {place / table}", f"wrote {place / 'report.json'}"]
 
 
 def draw(output: Path, figures: dict[str, Callable[[Any], Any]]) -> list[str]:
@@ -2188,7 +2156,7 @@ def draw(output: Path, figures: dict[str, Callable[[Any], Any]]) -> list[str]:
 
     style: dict[Any, Any] = {"figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 11}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10}
-    style |= {"text.parse_math": False}  # a $ in a name is a dollar
+    style["text.parse_math"] = False  # a $ in a name is a dollar
     with plt.rc_context(style):
         for name, figure_of in figures.items():
             image, figure = io.BytesIO(), figure_of(plt)
@@ -2253,9 +2221,7 @@ def estimates_figure(plt: Any, judged: list[Judged], predictor: str) -> Any:
     width = max(len(file.kinds) for _, file, _ in judged)
     figure = plt.figure(figsize=(3.2 * width, 2.8 * len(judged)))
     for line, (estimate, file, labelled) in enumerate(judged):
-        sizes, recipes = labelled.sizes.unique(), sorted({*labelled.recipes}) or ["labelled models"]
-        places = torch.searchsorted(sizes, labelled.sizes) + 0.6 * (labelled.of_recipe + 0.5) / len(recipes) - 0.3
-        ends = estimate.confidence_set if estimate.status == "ok" else []
+        sizes, ends = labelled.sizes.unique(), estimate.confidence_set if estimate.status == "ok" else []
         held: Sequence[int] = range(ends[0], ends[-1] + 1) if ends and predictor == "log-regression" else ends
         for column, (matrix, voters) in enumerate(file.kinds.items(), start=1):
             axis = figure.add_subplot(len(judged), width, line * width + column)
@@ -2263,17 +2229,15 @@ def estimates_figure(plt: Any, judged: list[Judged], predictor: str) -> Any:
                 what = counted(estimate.answer, "image") if estimate.status == "ok" else estimate.status
                 axis.set_title(f"{shown(Path(estimate.file).name)}: {what}", loc="left")
             known, its = (log_norms(side)[:, voters].mean(1).exp() for side in (labelled, file))
-            points = axis.scatter(places, known, s=6, c=labelled.of_recipe, vmin=0, vmax=len(recipes))
-            edge = min(float(its), 3 * float(known.max()))  # a norm far above is drawn there, with its number
-            its_line = axis.hlines(edge, -0.5, len(sizes) - 0.5, color="black", linewidth=1)
-            axis.text(0, edge, f"{float(its):.2g}" if edge < its else "", va="top", fontsize=8)
+            places = torch.searchsorted(sizes, labelled.sizes)
+            axis.scatter(places, known, s=6, c=labelled.of_recipe, cmap="viridis")
+            axis.axhline(float(its), color="black", linewidth=1)
             axis.set_xticks(range(len(sizes)), sizes.tolist())
             axis.set(xlabel="dataset size (images)", ylabel=f"norm of {matrix}")
             for place in [place for place, size in enumerate(sizes.tolist()) if size in held]:
                 axis.axvspan(place - 0.5, place + 0.5, color="#d55e00", alpha=0.15, linewidth=0)
-    handles = [*points.legend_elements(num=None)[0], its_line]
-    figure.legend(handles, [*recipes, "the file"], loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle("Frobenius norms, geometric mean over layers; shaded: the set of sizes", fontsize=10)
+    what = "dots: labelled models, a colour for each recipe; line: the file; shaded: its set of sizes"
+    figure.suptitle(f"Frobenius norms, geometric mean over layers\n{what}", fontsize=10)
     return figure
 
 
@@ -2347,12 +2311,11 @@ def settle(arguments: argparse.Namespace) -> list[str]:
     arguments.predictor = arguments.predictor or ("log-ridge" if arguments.predict else "dsire")
     if arguments.dataset is not None:
         return []
-    said = "" if arguments.subset else "no --subset was given; "
     arguments.subset = arguments.subset or SHIPPED_SUBSET
     ships = (SHIPPED / arguments.subset.replace("_", "/")).is_dir()
     arguments.dataset = str(SHIPPED) if ships else LORA_WISE
-    said += f"{arguments.subset} ships with the script: LoRAs of a small UNet on 8 x 8 digits, made to test the method "
-    return [f"{said}at this size, not to be compared with the paper's figures"] if ships else []
+    what = "ships with the script: LoRAs of a small UNet on 8 x 8 digits, made to test the method at this size"
+    return [f"{arguments.subset} {what}, not to be compared with the paper's figures"] if ships else []
 
 
 def labelled_models(arguments: argparse.Namespace, base: Weights | None) -> tuple[Spectra, dict[str, Any]]:
@@ -2361,11 +2324,9 @@ def labelled_models(arguments: argparse.Namespace, base: Weights | None) -> tupl
     if gpus and arguments.device in (None, "cuda"):
         arguments.device = f"cuda:{torchrun('LOCAL_RANK', 0) % gpus}"
     arguments.device = arguments.device or "cpu"
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", arguments.device):
-        raise DsireError(f"--device={shown(arguments.device)}: it can be cuda or cpu")
     with asking(f"--device={arguments.device} can't be used here", "try --device=cpu"):
         warm_up(arguments.device)
-    source = find_source(arguments.dataset, arguments.subset, arguments.revision, cache, base)
+    source = find_source(arguments.dataset, arguments.subset, arguments.revision, cache)
     rank, about_rank = rank_of(source, arguments.rank)
     spectra = subset_spectra(source, rank, cache, arguments.device, arguments.keep_shards, base)
     width, there = spectra.values.shape[-1], " ".join(spectra.kinds)
@@ -2407,14 +2368,15 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
     if arguments.output:
         heads = ("experiment", "name", "size", "predicted", "vote_share", "predictor")[: 5 + arguments.compare]
         experiments = [its._asdict() for its in judge(spectra, runs, found[name])]
-        details = {"notes": spectra.notes, "experiments": experiments, "tables": [table._asdict() for table in tables]}
+        details = {"settings": settings, "notes": spectra.notes, "experiments": experiments}
+        details["tables"] = [table._asdict() for table in tables]
         rows = (
             [number, spectra.names[model], int(spectra.sizes[model]), size, share, predictor]
             for predictor, predictions in found.items()
             for number, (run, its) in enumerate(zip(runs, predictions, strict=True), start=1)
             for model, size, share in zip(*map(Tensor.tolist, (run.test, its.sizes, its.shares.amax(-1))), strict=True)
         )
-        yield from write_files(arguments.output, "predictions.csv", csv_text(heads, rows), settings, details)
+        yield from write_files(arguments.output, "predictions.csv", heads, rows, details)
     if arguments.plots:
         title = f"{name} on {subset}, {len(spectra.names)} models"
         true = spectra.sizes[torch.cat([run.test for run in runs])]
@@ -2425,9 +2387,6 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
             "training": lambda plt: training_figure(plt, by_train_size(spectra, PREDICTORS[name], protocol), title),
         }
         yield from draw(arguments.output, figures)
-
-
-Asked = dict[str, Path | str | Exception]  # name -> a file, or why it is left out, or why it is refused
 
 
 def judged_files(asked: Asked, fitted: Spectra, arguments: argparse.Namespace, base: Weights | None) -> list[Judged]:
@@ -2465,8 +2424,10 @@ def predict(
     if arguments.plots and len(judged) > PICTURED:
         fitted.notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
     fitted.notes.extend(what_can_be_supported(fitted, arguments.confidence))
-    how, good = f"predictor {name}", how_good(fitted, name)
-    if good:
+    how = f"predictor {name}"
+    if fitted.count > 1:
+        without = leave_out(fitted, fitted.of_models(torch.tensor([0])), PREDICTORS[name])[1]
+        good = metrics(fitted.sizes, without.sizes)
         how += f": of left-out labelled models it tells {good.accuracy:.0f} % right, MAE {good.mae:.2f} images"
     counts = Counter(note for _, file, _ in judged for note in file.notes)
     shared = {note: count for note, count in counts.items() if count > 1 and 2 * count > len(found)}
@@ -2478,9 +2439,9 @@ def predict(
         reasons = {file: str(why) for file, why in asked.items() if not isinstance(why, Path)}
         found += [Estimate(file, "refused", notes=[why]) for file, why in reasons.items()]
         rows = [estimate_row(estimate, name) for estimate in found]
-        text = csv_text(ESTIMATES, ([row[head] for head in ESTIMATES] for row in rows))
-        details = {"notes": fitted.notes, "estimates": rows}
-        yield from write_files(arguments.output, "estimates.csv", text, settings, details)
+        details = {"settings": settings, "notes": fitted.notes, "estimates": rows}
+        cells = [[row[head] for head in ESTIMATES] for row in rows]
+        yield from write_files(arguments.output, "estimates.csv", ESTIMATES, cells, details)
     if arguments.plots and judged:
         yield from draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, judged[:PICTURED], name)})
 
