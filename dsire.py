@@ -1340,7 +1340,9 @@ def opened(path: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]
     """What reads each tensor of a .safetensors file, or of a pickle without running it; and its header."""
     if not path.is_file():
         raise DsireError("no such file")
-    if path.suffix.lower() in PICKLE_ENDINGS:
+    with path.open("rb") as start:
+        safe = start.read(9)[8:] == b"{"  # where the header of safetensors begins, whatever the file is called
+    if path.suffix.lower() in PICKLE_ENDINGS and not safe:
         with asking("what it holds can't be read"):
             return in_pickle(unpickled(path))
     from safetensors import safe_open
@@ -1702,8 +1704,6 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
         return hub_source(match[1], "dataset", subset, None, revision, cache)
     file, _ = located(dataset, cache, "dataset", revision)
     with naming(f"--dataset={dataset}"):
-        if file.suffix.lower() not in SAFE_ENDINGS:
-            raise DsireError("is a file: give the folder that holds it")
         spectra, about = read_spectra(file)
         told = [str(about.get(fact, "")) for fact in ("dataset", "subset", "commit")]
         texts = "".join(map(str, [*told, *spectra.names, *spectra.recipes, *spectra.shapes, spectra.method]))
@@ -1813,9 +1813,13 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
         weights = visible_files(file, SAFE_ENDINGS) or visible_files(file, PICKLE_ENDINGS)
         name = Path(os.path.relpath(weights[0] if len(weights) == 1 else file, folder)).as_posix()
         size = dataset_size(cells["label"])
-        if not (cells["file_name"] and size and cells["name"] and (folder / name).is_file()) or name in labels:
-            needs = "a file that is there, listed once, a label that is a whole number from 1 up, and a name"
-            raise DsireError(f"{path}: {shown(' '.join(row))!r} needs {needs}")
+        needs = {
+            "a file_name that is there, once": cells["file_name"] and (folder / name).is_file() and name not in labels,
+            "a label that is a whole number from 1 up": size,
+            "a name, of its micro-dataset": cells["name"],
+        }
+        for what in [what for what, has in needs.items() if not has]:
+            raise DsireError(f"{path}: {shown(' '.join(row))!r} needs {what}")
         labels[name] = (size, cells["name"], cells["recipe"])
     return labels
 
@@ -1970,11 +1974,11 @@ def read_spectra(path: Path) -> tuple[Spectra, dict[str, Any]]:
     """What `write_spectra` wrote: the spectra, and what else is told about them; it may be a stranger's."""
     from safetensors import safe_open
 
-    with asking("can't be read as a file of spectra"):
+    with asking("can't be read as a file of spectra", "give what --save_spectra wrote, or the folder of the models"):
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if "facts" not in header:
-                raise DsireError("holds no spectra: give what --save_spectra wrote, or the folder of the models")
+                raise ValueError("it has none")
             about = json.loads(header["facts"])
             if about["format"] != FORMAT:
                 raise DsireError(f"is of format {shown(about['format'])}, and {FORMAT} is read here: write it anew")
@@ -2302,8 +2306,6 @@ def settle(arguments: argparse.Namespace) -> list[str]:
         raise DsireError("--compare is about the labelled models: leave it out with --predict")
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
-    if arguments.save_spectra and arguments.save_spectra.suffix != SAFE_ENDINGS[0]:
-        raise DsireError(f"--save_spectra needs a name that ends in {SAFE_ENDINGS[0]}")
     for folder in (arguments.output, arguments.save_spectra and arguments.save_spectra.parent):
         if folder:  # what stands in the way is said before anything is computed
             folder.mkdir(parents=True, exist_ok=True)

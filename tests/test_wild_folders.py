@@ -297,7 +297,8 @@ def test_names_that_no_disk_has(option: str, name: str, run: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), [("metadata.csv", ["is a file", "folder"]), ("a10.safetensors", ["holds no spectra", "folder"])]
+    ("name", "parts"),
+    [("metadata.csv", ["can't be read as a file of spectra", "folder"]), ("a10.safetensors", ["has none", "folder"])],
 )
 def test_a_file_is_no_dataset(name: str, parts: list[str], run: Run, tmp_path: Path) -> None:
     assert run("--dataset", write_labelled(tmp_path / "own") / name).says(name, *parts)
