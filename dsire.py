@@ -2027,7 +2027,8 @@ def subset_spectra(
         return read_spectra(Path(source.shards[0].file))[0]
     place, files = "" if source.commit else str(Path(source.dataset).absolute()), source.kind == "files"
     # what is in the cache and sound is done: a file's name there changes with all that decides the spectra
-    began_as = [(str(its.absolute()), its.stat().st_size, its.stat().st_mtime_ns) for its in base.files] if base else []
+    of_base = base.files if base and files else []
+    began_as = [(str(its.absolute()), its.stat().st_size, its.stat().st_mtime_ns) for its in of_base]
     facts = {shard: fingerprint([FORMAT, rank, place, began_as, asdict(shard)]) for shard in source.shards}
     paths = {it: cache / "spectra" / f"{Path(it.file).stem[:40]}-{key}.safetensors" for it, key in facts.items()}
     many = files and not base  # small ones: each core takes one
@@ -2051,11 +2052,10 @@ def subset_spectra(
     walk = missing[first:] + missing[:first]
     name = "" if process_rank() else "files" if files else "shards"
     done |= zip(walk, in_parallel(computed, walk, 0 if many else 2, name), strict=True)
-    parts = [done[shard] for shard in source.shards]
-    for number, shard in enumerate(source.shards if files else []):
+    for shard in source.shards if files else ():
         size, name, recipe = source.labels[shard.file]
-        parts[number] = replace(parts[number], sizes=torch.tensor([size]), names=[name], recipes=[recipe])
-    return join(parts, [shard.file for shard in source.shards])
+        done[shard] = replace(done[shard], sizes=torch.tensor([size]), names=[name], recipes=[recipe])
+    return join([done[shard] for shard in source.shards], [shard.file for shard in source.shards])
 
 
 def cached(path: Path) -> Spectra | None:

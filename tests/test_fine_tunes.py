@@ -481,6 +481,12 @@ def test_the_base_itself_is_untrained(base: Path) -> None:
     assert set(dsire.model_files(base.parent)[1]) == {base, full}
 
 
+def test_spectra_of_parquet_have_no_base(base: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run("--experiments=1")
+    monkeypatch.delattr(dsire, "shard_spectra")
+    assert run("--experiments=1", "--base", base).out == first.out
+
+
 def test_a_second_run_reads_a_file_if_the_base_changed(base: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = label(base.with_name("labelled"), "full", base)
     read, file_spectra = [], dsire.file_spectra
