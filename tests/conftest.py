@@ -112,14 +112,15 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.parquet"))
 
 
-def write_labelled(folder: Path, models: Iterable[Model] = LABELLED) -> Path:
+def write_labelled(folder: Path, models: Iterable[Model] = LABELLED, prefix: str = "") -> Path:
     """A LoRA file a10.safetensors for each model, with metadata.csv."""
     rows = ["file_name,label,name"]
     folder.mkdir()
     for name, size in models:
         weights = {key: torch.from_numpy(matrix) for key, matrix in weights_of((name, size)).items()}
-        save_file(weights, folder / f"{name}{size}.safetensors")
-        rows.append(f"{name}{size}.safetensors,{size},{name}")
+        file = f"{prefix}{name}{size}.safetensors"
+        save_file(weights, folder / file)
+        rows.append(f"{file},{size},{name}")
     (folder / "metadata.csv").write_text("\n".join(rows))
     return folder
 

@@ -146,6 +146,26 @@ def test_what_is_below_a_millionth_of_the_largest_counts_as_that() -> None:
     np.testing.assert_allclose(z, expected, atol=1e-9)
 
 
+def test_what_varies_by_rounding_only_says_nothing(part: dsire.Spectra) -> None:
+    """As a frozen matrix, which another library's arithmetic gives another last digit; a new model may have any."""
+    (run,) = dsire.splits(part.micro_datasets, dsire.Protocol(experiments=1))
+    train, new = part.of_models(run.train), part.of_models(run.test)
+    train.values[7] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    new.values[7] *= 10
+    last_digits = 1e-15 * torch.randn(train.values.shape[1:], generator=torch.Generator().manual_seed(0))
+    rounded = train.values.clone()
+    rounded[7] *= 1 + last_digits.double()
+    assert (rounded[7] != train.values[7]).any(0).all()
+    logs = [np.log(np.hstack([*side.values.numpy()])) for side in (train, new)]
+    scaler, width = StandardScaler().fit(logs[0]), np.sqrt(logs[0].shape[1])
+    x, z = (scaler.transform(side) / width for side in logs)
+    z[:, 7 * 4 : 8 * 4] = 0
+    (expected, _) = left_out_ridge(x, z, train)
+    for its in (train, dsire.replace(train, values=rounded)):
+        answers = dsire.fitted_ridge(its, new)[0].answers.log().numpy()
+        np.testing.assert_allclose(answers, expected, rtol=0, atol=1e-6)
+
+
 def power_law(sizes: list[int], micro_datasets: int = 6) -> dsire.Spectra:
     """Spectra that are exactly n ** -0.5 times a spectrum of the voter's own."""
     n = torch.tensor(sizes * micro_datasets)

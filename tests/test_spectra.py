@@ -1,12 +1,14 @@
 """The spectra of A, B and BA: the same as those of the full matrices."""
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import models_of, parquet_files, reference_spectra, table_of, write_folder
+from conftest import RANK, models_of, parquet_files, reference_spectra, table_of, write_folder
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -141,6 +143,32 @@ def test_a_shard_gives_a_and_b_in_the_order_of_its_columns_and_then_the_products
     assert found.voters == [*factors, *((layer, "BA") for layer in layers)]
     assert list(zip(found.names, found.sizes.tolist(), strict=True)) == models
     np.testing.assert_allclose(found.values.numpy(), np.stack(expected), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("layers_in_memory", "expected"), [(0.9, 1), (3, 3), (3.9, 3), (100, 6)])
+def test_layers_at_once_fit_into_memory(
+    layers_in_memory: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer counts as two of the largest column: 18 models of 4 x 32 numbers of 8 bytes. There are six cores."""
+    table = table_of(models_of(3), layers=[f"unet.layer_{number}" for number in range(12)])
+    (file,) = parquet_files(write_folder(tmp_path / "wise", [table]))
+    monkeypatch.setattr(dsire, "BYTES_AT_ONCE", int(layers_in_memory * 2 * 18 * 4 * 32 * 8))
+    monkeypatch.setattr(dsire, "cores", lambda: 6)
+    compute, together = dsire.pair_spectra, threading.Barrier(expected, timeout=20)
+    under_way, counts = set(), []
+
+    def counted(*arguments: Any) -> dsire.Layer:
+        under_way.add(threading.get_ident())
+        together.wait()
+        time.sleep(0.02)  # time enough for one too many to begin
+        counts.append(len(under_way))
+        layer = compute(*arguments)
+        under_way.remove(threading.get_ident())
+        return layer
+
+    monkeypatch.setattr(dsire, "pair_spectra", counted)
+    assert len(dsire.shard_spectra(file, RANK).voters) == 3 * 12
+    assert max(counts) == expected
 
 
 def test_the_shipped_subset(tiny_wise: Path, shipped: dsire.Spectra) -> None:

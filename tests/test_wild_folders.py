@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import BOMB, LAYERS, Run, models_of, table_of, write_folder, write_labelled
+from conftest import BOMB, LABELLED, LAYERS, Run, models_of, table_of, write_folder, write_labelled
 from lora_writers import write_model
 from safetensors.torch import save_file
 
@@ -282,6 +282,27 @@ def test_labels_are_not_of_the_cache(tmp_path: Path) -> None:
     assert sorted((tmp_path / "cache" / "spectra").glob("*.safetensors")) == files
     assert (after.names[0], after.sizes.tolist()[0]) == ("z", 11)
     assert after.values.equal(before.values)
+
+
+@pytest.mark.parametrize("prefix", ["", "x" * 200])
+def test_a_whole_cache_is_enough_where_nothing_can_be_written(prefix: str, run: Run, tmp_path: Path) -> None:
+    """Files have names of any length. Root may write everywhere, so that nothing has to be tried at all."""
+    own, cache = write_labelled(tmp_path / "own", prefix=prefix), tmp_path / "cache"
+    first = run("--dataset", own, "--train_size=2")
+    assert first.code == 0, first.err
+    assert len([*cache.glob("spectra/*.safetensors")]) == len(LABELLED)
+    found = [cache, *cache.rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in found}
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("file_spectra", "share", "write_spectra"):  # reads weights, takes locks, writes
+            patched.setattr(dsire, name, None)
+        for path in found:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        second = run("--dataset", own, "--train_size=2")
+        for path in found:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert (second.code, second.err, second.predictions) == (0, "", first.predictions)
+    assert {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))} == before
 
 
 # Paths
