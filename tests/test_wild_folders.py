@@ -284,7 +284,7 @@ def test_labels_are_not_of_the_cache(tmp_path: Path) -> None:
     assert after.values.equal(before.values)
 
 
-@pytest.mark.parametrize("prefix", ["", "x" * 200])
+@pytest.mark.parametrize("prefix", ["", "x" * 230])
 def test_a_whole_cache_is_enough_where_nothing_can_be_written(prefix: str, run: Run, tmp_path: Path) -> None:
     """Files have names of any length. Root may write everywhere, so that nothing has to be tried at all."""
     own, cache = write_labelled(tmp_path / "own", prefix=prefix), tmp_path / "cache"
