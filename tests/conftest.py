@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -88,9 +88,9 @@ def change(table: pa.Table, column: str, row: int, edit: Callable[[list[float]],
     return table.set_column(table.column_names.index(column), column, pa.array(values, pa.list_(pa.float64())))
 
 
-def write_folder(folder: Path, shards: Sequence[pa.Table], subset: str = "low_4", **options: Any) -> Path:
-    """A folder in LoRA-WiSE's layout: README.md with `configs`, and a file for each shard."""
-    path = subset.replace("_", "/", 1)
+def write_folder(folder: Path, shards: Sequence[Any], subset: str = "low_4", **options: Any) -> Path:
+    """A folder in LoRA-WiSE's layout: README.md with `configs`, and a file for each shard: a table, or its models."""
+    path, shards = subset.replace("_", "/", 1), [its if isinstance(its, pa.Table) else table_of(its) for its in shards]
     (folder / path).mkdir(parents=True)
     for number, shard in enumerate(shards):
         pq.write_table(shard, folder / path / f"train-{number:05d}-of-{len(shards):05d}.parquet", **options)
@@ -105,7 +105,7 @@ def write_folder(folder: Path, shards: Sequence[pa.Table], subset: str = "low_4"
 def write_three(folder: Path) -> Path:
     """20 micro-datasets of 6 sizes in three shards, made by a formula."""
     models = models_of(20)
-    return write_folder(folder, [table_of(models[start : start + 40]) for start in (0, 40, 80)])
+    return write_folder(folder, [models[start : start + 40] for start in (0, 40, 80)])
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -240,8 +240,7 @@ def fetched(hub: HubStandIn) -> list[str]:
 
 
 # The whole method once more, by the book: full products, scikit-learn, Counter
-@dataclass
-class Reference:
+class Reference(NamedTuple):
     """An experiment by the book: the votes [voters, test models] and what comes of them, by test model."""
 
     train: list[int]

@@ -57,14 +57,10 @@ def test_what_is_not_there(option: str, parts: list[str], run: Run, folder: Path
     assert run(f"--dataset={folder}", option).says(*parts)
 
 
-def test_the_rank(run: Run, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, as_it_is)
+def test_a_rank_or_number_that_does_not_fit(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run(f"--dataset={folder}", "--rank=7").says(".lora.", ".weight", "--rank=7", str(4 * 16))
-
-
-def test_too_few_micro_datasets(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run(f"--dataset={folder}", "--train_size=20").says("--train_size=20", "19")
-    one = write_folder(tmp_path / "one", [table_of(models_of(1))])
+    one = write_folder(tmp_path / "one", [models_of(1)])
     assert run(f"--dataset={one}", "--train_size=1").says("--train_size=1", "two")
 
 

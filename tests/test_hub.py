@@ -16,7 +16,6 @@ from conftest import (
     fetched,
     models_of,
     parquet_files,
-    table_of,
     write_folder,
 )
 from hub_stand_in import HubStandIn
@@ -70,7 +69,7 @@ def test_shards_that_are_kept_are_whole(run: Run, hub: HubStandIn, folder: Path,
 
 def test_the_next_shard_is_fetched(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubStandIn) -> None:
     models = models_of(20)
-    shards = [table_of(models[start : start + 24]) for start in range(0, 120, 24)]
+    shards = [models[start : start + 24] for start in range(0, 120, 24)]
     hub.add(write_folder(tmp_path / "five", shards), "somebody/five")
     compute, on_disk = dsire.shard_spectra, []
 
@@ -119,8 +118,8 @@ def test_addresses_and_revisions(dataset: str, revision: str, run: Run, hub: Hub
 
 def test_a_dataset_that_changed_is_fetched_anew_where_it_changed(run: Run, hub: HubStandIn, folder: Path) -> None:
     run(*SUBSET)
-    before = hub.commit
-    pq.write_table(table_of(models_of(20)[80:110]), folder / "low" / "4" / f"{THIRD}.parquet")
+    before, file = hub.commit, parquet_files(folder)[2]
+    pq.write_table(pq.read_table(file)[:30], file)
     outcome = run(*SUBSET)
     assert_right(outcome, by_the_book(folder))
     assert outcome.report["settings"]["commit"] == hub.commit != before

@@ -169,10 +169,18 @@ def test_dora_is_read_without_its_magnitude_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_dtypes(dtype: str, ending: str, tmp_path: Path) -> None:
-    lora = {"x": (torch.randn(3, 8).to(getattr(torch, dtype)), torch.randn(5, 3).to(getattr(torch, dtype)))}
-    found = dsire.file_spectra(write(tmp_path / f"lora{ending}", by_hand("LoRA-WiSE", lora, 1)))
-    assert found.values.dtype == torch.float64
-    assert_spectra(found, lora)
+    """Usual numbers, and the ends: the smallest that aren't subnormal, and the largest, of which a product may overflow."""
+    kind = getattr(torch, dtype)
+    for number in (1, torch.finfo(kind).tiny, torch.finfo(kind).max / 64, float("inf")):
+        tensors = {key: (number * tensor.double()).to(kind) for key, tensor in one_layer().items()}
+        file = write(tmp_path / f"lora{ending}", tensors)
+        a, b = tensors.values()
+        if not (b.double() @ a.double()).isfinite().all():
+            refusal(file, "finite")
+            continue
+        found = dsire.file_spectra(file)
+        assert found.values.dtype == torch.float64
+        assert_spectra(found, {"x": (a, b)})
 
 
 @pytest.mark.parametrize("name", ["plain.bin", "parameters.PT", "views.pth", "old.ckpt", "LORA.SAFETENSORS"])

@@ -1,7 +1,5 @@
 """How sure: label-conditional sets, the check that a file is of a labelled recipe and size, and what is said of it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from fractions import Fraction
 
@@ -14,13 +12,11 @@ import dsire
 SIZES = (1, 4, 16)
 
 
-def made_up(
-    micro_datasets: int, seed: int = 0, factor: float = 1.0, recipe: str = "", voters: int = 6
-) -> dsire.Spectra:
+def made_up(count: int, seed: int = 0, factor: float = 1.0, recipe: str = "", voters: int = 6) -> dsire.Spectra:
     """Norms that shrink with the size, times a factor of the recipe, under a noise of the model's own."""
     draw = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor(SIZES * micro_datasets)
-    names = [number for number in range(micro_datasets) for _ in SIZES]
+    sizes = torch.tensor(SIZES * count)
+    names = [number for number in range(count) for _ in SIZES]
     noise = 0.1 * torch.randn(voters, len(sizes), 1, generator=draw, dtype=torch.float64)
     spectrum = torch.tensor([2.0, 1.0], dtype=torch.float64)
     values = factor * spectrum * sizes.double()[:, None] ** -0.3 * noise.exp()
@@ -48,10 +44,7 @@ def holds(one: dsire.Estimate, size: int, predictor: str) -> bool:
     return bool(ends) and ends[0] <= size <= ends[-1] if predictor == "log-regression" else size in ends
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Sets
-
-
 def vote_shares(train: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
     """Size -> share of the voters whose nearest training model has it; values [voters, r] of one model."""
     far = torch.linalg.vector_norm(train.values - values[:, None], dim=-1)
@@ -159,16 +152,13 @@ def test_sets_and_check_on_left_out_shipped_models(shipped: dsire.Spectra) -> No
 
 
 def test_few_micro_datasets_are_said() -> None:
-    def said(micro_datasets: int) -> list[str]:
-        its = made_up(micro_datasets)
-        return dsire.what_can_be_supported(its, 0.9)
-
-    sets, check = said(4)
+    said = {count: dsire.what_can_be_supported(made_up(count), 0.9) for count in (1, 2, 3, 4, 9)}
+    sets, check = said[4]
     assert all(part in sets for part in ("4 micro-datasets", "80%", "9 or more"))
     assert "19 models or more" in check
-    assert said(9) == []
-    assert "one micro-dataset only" in said(1)[0]
-    assert not any("by 0" in text for number in (1, 2, 3) for text in said(number))
+    assert said[9] == []
+    assert "one micro-dataset only" in said[1][0]
+    assert not any("by 0" in text for number in (1, 2, 3) for text in said[number])
 
 
 @pytest.mark.parametrize("predictor", ["log-ridge", "log-regression"])
@@ -182,10 +172,7 @@ def test_where_nothing_is_known_no_set_leaves_a_size_out_by_rounding(predictor: 
     assert one.recipe_p == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The check
-
-
 def test_p_is_not_too_small_for_one_more_of_the_labelled() -> None:
     """200 new models: p is at or below a bound no more often than the bound says (three standard errors)."""
     new = torch.cat([p_of(made_up(12, seed=2 * turn), made_up(4, seed=2 * turn + 1)) for turn in range(16)])
@@ -211,23 +198,14 @@ def test_one_kind_of_matrix_alone_is_seen_and_named(matrix: str, factor: float) 
             assert ("another alpha" in one.first[1]) == (matrix == "BA")
 
 
-@pytest.mark.parametrize(
-    ("zero_there", "zero_here", "said"),
-    [
-        (0, 4, "is zero in 4 of 10 layers"),
-        (3, 0, "is zero in all labelled models, and not here, in 3 "),
-        (3, 3, ""),
-    ],
-)
-def test_layers_of_zeros_are_counted(zero_there: int, zero_here: int, said: str) -> None:
-    fitted, new = made_up(12, voters=30), made_up(1, seed=5, voters=30)
-    rows = range(1, 30, 3)  # of B
-    fitted.values[rows[:zero_there]], new.values[rows[:zero_here]] = 0, 0
-    one = dsire.estimates(fitted, files_of(new), "dsire", 0.9)[0]
-    assert [said in text for text in one.first if "zero" in text] == [True] * bool(said)
-
-
-def test_one_layer_alone_is_seen_and_named() -> None:
+def test_layers_of_zeros_are_counted_and_one_layer_alone_is_named() -> None:
+    there = "is zero in all labelled models, and not here, in 3 "
+    for zero_there, zero_here, said in ((0, 4, "is zero in 4 of 10 layers"), (3, 0, there), (3, 3, "")):
+        fitted, new = made_up(12, voters=30), made_up(1, seed=5, voters=30)
+        rows = range(1, 30, 3)  # of B
+        fitted.values[rows[:zero_there]], new.values[rows[:zero_here]] = 0, 0
+        one = dsire.estimates(fitted, files_of(new), "dsire", 0.9)[0]
+        assert [said in text for text in one.first if "zero" in text] == [True] * bool(said)
     fitted, new = made_up(12, voters=30), made_up(1, seed=5, voters=30)
     new.values[4] *= 1e30
     for one in dsire.estimates(fitted, files_of(new), "dsire", 0.9):
@@ -290,10 +268,7 @@ def test_a_kind_of_matrix_that_never_varies_flags_nothing_by_its_rounding(value:
     assert (p_of(fitted, new) <= dsire.NOT_COMPARABLE).double().mean() <= 0.25  # a few of 18 by chance
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Several recipes
-
-
 def test_recipes_of_different_micro_datasets_are_compared() -> None:
     """What can't be told is blank and breaks nothing: a run may have no training model of a recipe."""
     one, other = made_up(6, 0, 1.0, "a"), made_up(6, 1, 3.0, "b")

@@ -29,7 +29,7 @@ def write_parquet(folder: Path, table: pa.Table | None = None, name: str = "trai
 
 
 def write_wise(folder: Path, subset: str = "low_4") -> Path:
-    return write_folder(folder, [table_of(models_of(4, SIZES))], subset=subset)
+    return write_folder(folder, [models_of(4, SIZES)], subset=subset)
 
 
 def add_config(folder: Path, name: str, files: str) -> None:
