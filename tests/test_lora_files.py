@@ -169,7 +169,7 @@ def test_dora_is_read_without_its_magnitude_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_dtypes(dtype: str, ending: str, tmp_path: Path) -> None:
-    """Usual numbers, and the ends: the smallest that aren't subnormal, and the largest, of which a product may overflow."""
+    """And their ends: the smallest that aren't subnormal, and the largest, of which a product may overflow."""
     kind = getattr(torch, dtype)
     for number in (1, torch.finfo(kind).tiny, torch.finfo(kind).max / 64, float("inf")):
         tensors = {key: (number * tensor.double()).to(kind) for key, tensor in one_layer().items()}

@@ -137,7 +137,7 @@ def test_a_value_that_is_not_finite_raises(bad: float, place: tuple[int, int, in
 
 def test_a_shard_gives_a_and_b_in_the_order_of_its_columns_and_then_the_products(tmp_path: Path) -> None:
     files = parquet_files(write_folder(tmp_path / "wise", [models_of(2)]))
-    found, (models, expected) = dsire.shard_spectra(files[0], rank=4), reference_spectra(files, rank=4)
+    found, (models, expected) = dsire.shard_spectra(files[0], RANK), reference_spectra(files, RANK)
     layers = ["down_blocks_0_attn1_to_q", "mid_block_attn2_to_k", "up_blocks_1_attn1_to_out_0"]
     factors = [(layer, matrix) for layer in layers for matrix in ("A", "B")]
     assert found.voters == [*factors, *((layer, "BA") for layer in layers)]

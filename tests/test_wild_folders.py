@@ -160,34 +160,36 @@ def test_any_place_will_do(place: str, run: Run, tmp_path: Path) -> None:
     assert "default: 12 models" in outcome.out
 
 
-def test_loras_beside_the_parquet_of_their_images(run: Run, tmp_path: Path) -> None:
+def test_what_is_not_listed_is_not_read(run: Run, tmp_path: Path) -> None:
+    """Parquet of images, a trainer's files, and empty tensors."""
     own = write_labelled(tmp_path / "own")
+    before = run("--dataset", own, "--train_size=2")
+    assert "own: 9 models" in before.out
     write_parquet(own / "images", pa.table({"image": [b"x"], "label": [3]}))
     outcome = run("--dataset", own, "--train_size=2")
-    assert "own: 9 models" in outcome.out
     assert note_of(outcome.report["notes"], "not in metadata.csv", "1 file", "images/train.parquet")
+    for name in ("optimizer.bin", "scheduler.pt"):
+        torch.save({"base_lrs": [1e-4], "state": {}}, own / name)
+    (own / "rng_state.pth").write_bytes(pickle.dumps(argparse.Namespace(lr=1e-4)))
+    save_file({DOWN: torch.empty(0), UP: torch.empty(0)}, own / "zero3.safetensors")
+    outcome = run("--dataset", own, "--train_size=2")
+    assert (outcome.code, outcome.err, outcome.predictions) == (0, "", before.predictions)
+    assert note_of(outcome.report["notes"], "not in metadata.csv", "5 files", "such as ")
     (own / "metadata.csv").unlink()
     assert run("--dataset", own).says("write metadata.csv with file_name, label, name", "--subset")
     (own / "images" / "train.parquet").unlink()
     assert run("--dataset", own).says("no parquet", "write metadata.csv with file_name, label, name")
 
 
-def test_what_is_not_listed_is_not_read(run: Run, tmp_path: Path) -> None:
-    own = write_labelled(tmp_path / "own")
-    before = run("--dataset", own, "--train_size=2").predictions
-    for name in ("optimizer.bin", "scheduler.pt"):
-        torch.save({"base_lrs": [1e-4], "state": {}}, own / name)
-    (own / "rng_state.pth").write_bytes(pickle.dumps(argparse.Namespace(lr=1e-4)))
-    save_file({DOWN: torch.empty(0), UP: torch.empty(0)}, own / "zero3.safetensors")
-    outcome = run("--dataset", own, "--train_size=2")
-    assert (outcome.code, outcome.err, outcome.predictions) == (0, "", before)
-    assert note_of(outcome.report["notes"], "not in metadata.csv", "4 files", "such as ")
-
-
-def test_a_link_to_nothing_is_said(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "link").mkdir()
-    (tmp_path / "link" / "train.parquet").symlink_to("nowhere")
-    assert run("--dataset", tmp_path / "link", "--rank=4").says("train.parquet", "No such file")
+def test_a_link_to_nothing_is_said_and_what_another_leads_to_is_not_printed(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("hunter2:x:0:0\n")
+    for name, target in (("train.parquet", "nowhere"), ("metadata.csv", tmp_path / "secret")):
+        (tmp_path / name[:5]).mkdir()
+        (tmp_path / name[:5] / name).symlink_to(target)
+    assert run("--dataset", tmp_path / "train", "--rank=4").says("train.parquet", "No such file")
+    outcome = run("--dataset", tmp_path / "metad")
+    assert outcome.says("metadata.csv needs rows")
+    assert "hunter2" not in outcome.err
 
 
 # metadata.csv
@@ -237,15 +239,6 @@ def test_metadata_csv_says_what_was_found(text: str, parts: list[str], run: Run,
     save_file({"x": torch.ones(1)}, own / "sub" / "no.safetensors")
     (own / "metadata.csv").write_bytes(text.encode("latin-1"))
     assert run("--dataset", own).says("" if "sub/no" in text else "metadata.csv", *parts)
-
-
-def test_a_link_to_something_else_is_not_printed(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("hunter2:x:0:0\n")
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "metadata.csv").symlink_to(tmp_path / "secret")
-    outcome = run("--dataset", tmp_path / "own")
-    assert outcome.says("metadata.csv needs rows")
-    assert "hunter2" not in outcome.err
 
 
 def test_the_base_in_the_folder_is_no_labelled_file(tmp_path: Path) -> None:
@@ -313,8 +306,7 @@ def test_names_that_no_disk_has(option: str, name: str, run: Run, tmp_path: Path
     assert run(f"{option}={name}").says("no such" if "/x" not in name or name[:2] != "a/" else "here")
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"), [("metadata.csv", ["is a file", "folder"]), ("a10.safetensors", ["holds no spectra", "folder"])]
-)
-def test_a_file_is_no_dataset(name: str, parts: list[str], run: Run, tmp_path: Path) -> None:
-    assert run("--dataset", write_labelled(tmp_path / "own") / name).says(name, *parts)
+def test_a_file_is_no_dataset(run: Run, tmp_path: Path) -> None:
+    own = write_labelled(tmp_path / "own")
+    assert run("--dataset", own / "metadata.csv").says("metadata.csv", "is a file", "folder")
+    assert run("--dataset", own / "a10.safetensors").says("a10.safetensors", "holds no spectra", "folder")
