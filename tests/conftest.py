@@ -52,6 +52,10 @@ RANK = 4
 BOMB = "a0: &a0 [x,x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
 
 
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def models_of(micro_datasets: int, sizes: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[Model]:
     """Every micro-dataset at every size, in an order that is no order."""
     models = [(f"thing_{number:02d}", size) for number in range(micro_datasets) for size in sizes]

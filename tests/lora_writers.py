@@ -123,7 +123,7 @@ def assert_changes(found: dsire.Spectra, expected: dict[str, Tensor], digits: fl
         assert found.shapes[layer][:2] == list(expected[layer].flatten(1).shape)
 
 
-def refusal(file: Path, *parts: str, base: dsire.Weights | None = None, seconds: float = 20) -> str:
+def refusal(file: Path, *parts: str, base: Path | None = None, seconds: float = 20) -> str:
     """What is said of a file that is refused: in time, without a warning, in one line of some length with these parts.
 
     It does not name the file: whoever asks knows what it is called.
@@ -131,7 +131,7 @@ def refusal(file: Path, *parts: str, base: dsire.Weights | None = None, seconds:
     with within(seconds), warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(dsire.DsireError) as error:
-            dsire.file_spectra(file, base)
+            dsire.file_spectra(file, base and dsire.open_base(str(base)))
     message = str(error.value)
     assert not message.startswith((str(file), file.name))
     assert "\n" not in dsire.shown(error.value)

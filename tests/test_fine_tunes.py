@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import ROOT, Run
+from conftest import ROOT, Run, normal
 from hub_stand_in import HubStandIn
 from lora_writers import Net, assert_changes, changes, refusal, write
 from lycoris.modules.locon import LoConModule
@@ -35,10 +35,6 @@ IN_LDM = {layer: f"model.diffusion_model.{name}" for layer, name in zip(SHAPES, 
 DIFFUSERS = {layer: layer for layer in SHAPES}
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 RANK = 3
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def loras(seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -82,44 +78,9 @@ def differences(new: Tensors, old: Tensors, names: Any) -> dict[str, Tensor]:
     return {dsire.layer_name(name): new[f"{name}.weight"].double() - old[f"{name}.weight"].double() for name in names}
 
 
-def refused(file: Path, *parts: str, base: Path | None = None) -> None:
-    refusal(file, *parts, base=dsire.open_base(str(base)) if base else None)
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return write(tmp_path / "base.safetensors", model(DIFFUSERS))
-
-
-# The largest singular values of any matrix
-def spread(rows: int, columns: int, values: Tensor) -> Tensor:
-    left = torch.linalg.qr(normal(rows, len(values), seed=1)).Q
-    right = torch.linalg.qr(normal(columns, len(values), seed=2)).Q
-    return left * values @ right.T
-
-
-MATRICES = {
-    "random": normal(40, 50),
-    "of rank 2": normal(40, 2) @ normal(2, 50, seed=1),
-    "nearly equal": spread(40, 50, 1 + 1e-9 * torch.arange(40, dtype=torch.float64)),
-    "widely spread": spread(40, 50, 10 ** torch.linspace(0, -15, 40, dtype=torch.float64)),
-    "steps": spread(40, 50, torch.tensor([1e3, 1, 1e-3, 1e-6, 1e-9], dtype=torch.float64)),
-    "one column": normal(40, 1),
-    "zero": torch.zeros(40, 50, dtype=torch.float64),
-}
-
-
-@pytest.mark.parametrize("size", [1.0, -1.0, 1e-200, -1e-150, 1e150, -1e200])
-@pytest.mark.parametrize("kind", MATRICES)
-def test_the_spectrum_of_a_matrix(kind: str, size: float) -> None:
-    """Nine digits of each value that is not lost against the largest one; turned where the size is below zero."""
-    matrix, size = size * (MATRICES[kind].T if size < 0 else MATRICES[kind]), abs(size)
-    wanted = size * torch.linalg.svdvals(matrix / size)
-    for count in (1, 8, 32, 100):
-        found = dsire.matrix_spectrum(matrix, count)
-        assert found.shape == (min(count, *matrix.shape),)
-        assert found.dtype == torch.float64
-        assert torch.allclose(found / size, wanted[:count] / size, rtol=1e-9, atol=1e-14 * float(wanted[0] / size))
 
 
 # Full fine-tunes
@@ -247,7 +208,7 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(base: Path) -> None:
         "no layer in common": {"norm.weight": normal(4), "embed_tokens.weight": normal(4, 4)},
     }
     for said, tensors in models.items():
-        refused(write(base.with_name("other.safetensors"), tensors), said, base=base)
+        refusal(write(base.with_name("other.safetensors"), tensors), said, base=base)
 
 
 def test_numbers_that_are_not_finite_or_too_large_are_refused(base: Path) -> None:
@@ -255,10 +216,10 @@ def test_numbers_that_are_not_finite_or_too_large_are_refused(base: Path) -> Non
     def filled(number: float) -> Path:
         return edited(base, lambda its: its[f"{POINT}.weight"].fill_(number), f"{number}.safetensors")
 
-    refused(filled(float("nan")), f"{POINT}.weight holds a number that is NaN", base=base)
-    refused(base, f"the base: {POINT}.weight holds a number that is NaN", base=filled(float("nan")))
+    refusal(filled(float("nan")), f"{POINT}.weight holds a number that is NaN", base=base)
+    refusal(base, f"the base: {POINT}.weight holds a number that is NaN", base=filled(float("nan")))
     for other in (1.0, -1.7e308):
-        refused(filled(1.7e308), base=filled(other))
+        refusal(filled(1.7e308), base=filled(other))
 
 
 def test_a_base_that_is_not_whole_or_has_a_layer_twice_is_refused(base: Path, tmp_path: Path) -> None:
@@ -361,7 +322,7 @@ def test_dora_of_lycoris(layer: str, tmp_path: Path) -> None:
     assert_changes(found, expected, 1e-6)
     assert (found.method, {voter.matrix for voter in found.voters}) == ("DoRA", {"A", "B", "BA"})
     by_lycoris(LoConModule, file, (layer,), weight_decompose=True, wd_on_out=False)
-    refused(file, "one number for each output", base=base)
+    refusal(file, "one number for each output", base=base)
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, "turned", "turned square"])
@@ -399,14 +360,14 @@ def test_dora_that_is_untrained_or_whose_base_lacks_a_layer(tmp_path: Path) -> N
 def test_parts_that_lack_do_not_fit_or_are_not_understood(part: str, tmp_path: Path) -> None:
     kind, file = LokrModule if part == "lokr_w1" else LohaModule, tmp_path / "lycoris.safetensors"
     by_lycoris(kind, file, ("query",), weight_decompose=True)
-    refused(file, "lora_unet_query")
+    refusal(file, "lora_unet_query")
     by_lycoris(kind, file, ("query",), factor=4)
     sound, key = load_file(file), f"lora_unet_query.{part}"
-    refused(write(file, sound | {key: sound[key] * float("nan")}), key)
+    refusal(write(file, sound | {key: sound[key] * float("nan")}), key)
     if part != "alpha":
-        refused(write(file, {name: sound[name] for name in sound if name != key}), "has no partner")
+        refusal(write(file, {name: sound[name] for name in sound if name != key}), "has no partner")
     if part == "hada_w2_b":
-        refused(write(file, sound | {key: normal(2, 7)}), "do not fit each other")
+        refusal(write(file, sound | {key: normal(2, 7)}), "do not fit each other")
 
 
 # The command: labelled models of each kind, and models of each kind to predict

@@ -139,7 +139,7 @@ OTHERS = {
 def test_a_file_without_a_key_of_lora_says_what_it_has(method: str, prefix: str, tmp_path: Path) -> None:
     keys = [f"{prefix}x.{key}" for key in OTHERS[method].split()]
     file = write(tmp_path / "other.safetensors", {key: torch.ones(3, 3) for key in (*keys, f"{prefix}x.alpha")})
-    base = dsire.open_base(str(write(tmp_path / "base.safetensors", {"y.weight": torch.ones(3, 3)})))
+    base = write(tmp_path / "base.safetensors", {"y.weight": torch.ones(3, 3)})
     for its in (None, base):
         message = refusal(file, "holds no LoRA", *keys[:2], base=its)
         assert not any(word in message for word in ("checkpoint", "partner", "up)"))
