@@ -79,10 +79,7 @@ def spectra(subset: Path, rank: int) -> None:
 
 
 def plain_flow(subset: Path, rank: int) -> None:
-    """The steps of a script without care for speed: the whole table in pandas, one matrix at a time, svd_lowrank.
-
-    In float32, which is four times as fast here as the float64 of the columns.
-    """
+    """A script without care for speed: pandas, a matrix at a time, svd_lowrank; float32 is four times as fast here."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:

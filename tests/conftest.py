@@ -141,6 +141,14 @@ def shipped(tiny_wise: Path) -> dsire.Spectra:
     return dsire.join([dsire.shard_spectra(file, RANK) for file in files], [str(file) for file in files])
 
 
+def spectra_of(values: torch.Tensor, sizes: Any = None, names: Any = None) -> dsire.Spectra:
+    """Values [voters, models, r] as spectra of A, B and BA of layers, and of models that may be any."""
+    models = values.shape[1]
+    voters = [dsire.Voter(f"layer_{row // 3}", dsire.MATRICES[row % 3]) for row in range(len(values))]
+    sizes, shapes = torch.as_tensor(sizes or [1] * models), {voter.layer: [4, 4, values.shape[2]] for voter in voters}
+    return dsire.Spectra(values.double(), sizes, list(names or range(models)), voters, shapes)
+
+
 def split_of(train: Iterable[int], test: Iterable[int]) -> dsire.Split:
     return dsire.Split(*(torch.tensor(list(models), dtype=torch.int64) for models in (train, test)))
 

@@ -73,10 +73,7 @@ def what_is_wrong(found: dsire.Spectra, book: Book) -> str:
 
 
 def outcome_of(read: Callable[[], dsire.Spectra], book: Book | None, changed: bool = False) -> str:
-    """Read a mutant: "right", "refused", or else what went wrong.
-
-    Without a book it must be refused; with one it must be right, or, if it was changed, may be refused all the same.
-    """
+    """Read a mutant: "right"; "refused", as without a book it must be, and if changed it may be; or what went wrong."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

@@ -124,10 +124,7 @@ def assert_changes(found: dsire.Spectra, expected: dict[str, Tensor], digits: fl
 
 
 def refusal(file: Path, *parts: str, base: Path | None = None, seconds: float = 20) -> str:
-    """What is said of a file that is refused: in time, without a warning, in one line of some length with these parts.
-
-    It does not name the file: whoever asks knows what it is called.
-    """
+    """What is said of a file that is refused: in time, without a warning, in one line with these parts, but no name."""
     with within(seconds), warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(dsire.DsireError) as error:

@@ -209,11 +209,7 @@ class Model(NamedTuple):
 
 
 class Together(torch.nn.Module):
-    """A linear layer of several models, whose inputs stand one model after the other in the batch.
-
-    By the method each model has the layer's weights for its own ("full"), or a LoHa or LoRA beside that begins as
-    `first`, the same for all.
-    """
+    """A linear layer of several models, which stand one after the other in the batch; their own parts begin alike."""
 
     def __init__(self, layer: torch.nn.Module, method: str, first: dict[str, Tensor], models: int) -> None:
         super().__init__()
@@ -359,10 +355,7 @@ def write_folder(models: list[Model], folder: Path, base: Path | None) -> None:
 
 
 def write_card(output: Path) -> None:
-    """The README.md of a Hub dataset; its header tells `datasets` the configs and their columns.
-
-    The header, the table of subsets and the versions are written anew; the words stay, or are those of what ships.
-    """
+    """The README.md, whose header tells `datasets` the configs: that, the table and the versions are written anew."""
     features, configs, rows = [], [], []
     for subset, sizes in SIZES.items():
         shards = sorted((output / subset.replace("_", "/")).glob("train-*.parquet"))

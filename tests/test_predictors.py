@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, spectra_of
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
@@ -126,17 +126,14 @@ def test_log_ridge_of_several_recipes_mixes_two_ridges(part: dsire.Spectra) -> N
         np.testing.assert_allclose(its.answers.log().numpy(), expected, rtol=0, atol=1e-6)
 
 
-def of_values(values: list[list[list[float]]]) -> dsire.Spectra:
-    """Spectra [voters, models, r] of which nothing else matters."""
-    models = len(values[0])
-    voters = [dsire.Voter(str(row), "A") for row in range(len(values))]
-    return dsire.Spectra(torch.tensor(values, dtype=torch.float64), torch.ones(models), list(range(models)), voters, {})
-
-
 def test_what_is_below_a_millionth_of_the_largest_counts_as_that() -> None:
     """Of each voter's own, among the training models: 8e-6 in the first, 1e-9 in the second."""
-    known = of_values([[[8.0, 1e-7], [2.0, 4e-6], [4.0, 0]], [[1e-3, 1e-4], [5e-4, 1e-8], [2e-4, 1e-12]]])
-    asked = of_values([[[1e-30, 1.0]], [[100.0, 0.0]]])
+    known = spectra_of(
+        torch.tensor(
+            [[[8.0, 1e-7], [2.0, 4e-6], [4.0, 0]], [[1e-3, 1e-4], [5e-4, 1e-8], [2e-4, 1e-12]]], dtype=torch.float64
+        )
+    )
+    asked = spectra_of(torch.tensor([[[1e-30, 1.0]], [[100.0, 0.0]]], dtype=torch.float64))
     x, z = (side.numpy() for side in dsire.log_features(known, asked))
     floored = np.log([[8, 8e-6, 1e-3, 1e-4], [2, 8e-6, 5e-4, 1e-8], [4, 8e-6, 2e-4, 1e-9]])
     scaler = StandardScaler().fit(floored)
@@ -170,9 +167,7 @@ def power_law(sizes: list[int], micro_datasets: int = 6) -> dsire.Spectra:
     """Spectra that are exactly n ** -0.5 times a spectrum of the voter's own."""
     n = torch.tensor(sizes * micro_datasets)
     values = torch.tensor([[3.0, 1.0], [2.0, 0.5]], dtype=torch.float64)[:, None, :] * n[None, :, None] ** -0.5
-    names = [number for number in range(micro_datasets) for _ in sizes]
-    voters = [dsire.Voter("layer", "B"), dsire.Voter("layer", "BA")]
-    return dsire.Spectra(values, n, names, voters, {"layer": [4, 4, 2]})
+    return spectra_of(values, n.tolist(), [number for number in range(micro_datasets) for _ in sizes])
 
 
 def test_a_regression_names_a_size_that_was_left_out() -> None:

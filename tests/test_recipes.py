@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from conftest import spectra_of
 from torch import Tensor
 
 import dsire
@@ -20,9 +21,7 @@ def made_up(count: int, seed: int = 0, factor: float = 1.0, recipe: str = "", vo
     noise = 0.1 * torch.randn(voters, len(sizes), 1, generator=draw, dtype=torch.float64)
     spectrum = torch.tensor([2.0, 1.0], dtype=torch.float64)
     values = factor * spectrum * sizes.double()[:, None] ** -0.3 * noise.exp()
-    order = [dsire.Voter(f"layer_{row // 3}", dsire.MATRICES[row % 3]) for row in range(voters)]
-    shapes = {voter.layer: [3, 3, 2] for voter in order}
-    return dsire.Spectra(values, sizes, names, order, shapes, recipes=[recipe] * len(names) if recipe else [])
+    return dsire.replace(spectra_of(values, sizes.tolist(), names), recipes=[recipe] * len(names) if recipe else [])
 
 
 def together(*parts: dsire.Spectra) -> dsire.Spectra:
@@ -53,10 +52,7 @@ def vote_shares(train: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
 
 
 def p_by_the_book(fitted: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
-    """Size -> p, one model and one comparison after the other: the share of micro-datasets that are no less strange.
-
-    The new model is one of them, and a micro-dataset with several models of the size counts with their share.
-    """
+    """Size -> p: the share of micro-datasets that are no less strange; one counts with the share of its models."""
     new, strange = vote_shares(fitted, values), {size: defaultdict(list) for size in SIZES}
     for model, (name, size) in enumerate(zip(fitted.names, fitted.sizes.tolist(), strict=True)):
         rest = fitted.of_models(torch.tensor([its != name for its in fitted.names]))
@@ -88,7 +84,7 @@ def test_a_set_is_that_of_its_formula_in_exact_fractions(fitted: dsire.Spectra) 
 def test_a_size_that_is_not_labelled_is_compared_with_the_nearest_one_that_is() -> None:
     """Of 1 and 16, 3 is nearer to 1 and 5 to 16 (in log). Left-out models of 1 were told 8, those of 16 16."""
     sizes, labelled = torch.tensor([1, 16, 1, 16]), torch.tensor([1, 16])
-    fitted = dsire.Spectra(torch.ones(1, 4, 1), sizes, [0, 0, 1, 1], [], {})
+    fitted = spectra_of(torch.ones(1, 4, 1), sizes.tolist(), [0, 0, 1, 1])
     left_out = dsire.Prediction(sizes, labelled, torch.zeros(4, 2), torch.tensor([8.0, 16, 8, 16], dtype=torch.float64))
     new = dsire.Prediction(sizes[:1], labelled, torch.zeros(1, 2), torch.tensor([4.0], dtype=torch.float64))
     assert dsire.conformal_p(fitted, left_out, new, torch.tensor([3, 5])).tolist() == [[1, pytest.approx(1 / 3)]]
@@ -96,11 +92,7 @@ def test_a_size_that_is_not_labelled_is_compared_with_the_nearest_one_that_is() 
 
 @pytest.mark.parametrize("predictor", ["dsire", "log-ridge", "log-regression"])
 def test_every_size_is_covered(predictor: str) -> None:
-    """Ten times 20 micro-datasets to label and 10 more to ask, all exchangeable.
-
-    With 20 models of a size the share that is held has a standard deviation of 6.5 % (a beta distribution of 19 and 2),
-    beside that of ten new ones, 9.5 %: over ten draws 3.6 %.
-    """
+    """A draw deviates by 6.5 % (a beta distribution of 19 and 2), and its ten models asked by 9.5 %; ten draws by 3.6 %."""
     held: dict[int, list[bool]] = {size: [] for size in SIZES}
     for turn in range(10):
         fitted, new = made_up(20, seed=100 + turn), made_up(10, seed=200 + turn)

@@ -5,18 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import Model, split_of
+from conftest import Model, spectra_of, split_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
 import dsire
-
-
-def spectra_of(values: torch.Tensor, models: list[Model]) -> dsire.Spectra:
-    """`values` is [voters, models, r]; the voters' names do not matter here."""
-    names, sizes = [name for name, _ in models], torch.tensor([size for _, size in models])
-    return dsire.Spectra(values.double(), sizes, names, [dsire.Voter(str(i), "A") for i in range(len(values))], {})
 
 
 def models_that_share_spectra() -> tuple[np.ndarray, list[Model]]:
@@ -42,7 +36,8 @@ def test_votes_of_models_that_share_spectra(monkeypatch: pytest.MonkeyPatch, dis
     """In blocks of any size, for all experiments together and for each alone, the first of the nearest is asked."""
     monkeypatch.setattr(dsire, "DISTANCES_AT_ONCE", distances_at_once)
     values, models = models_that_share_spectra()
-    spectra, sizes = spectra_of(torch.from_numpy(values), models), np.array([size for _, size in models])
+    names, sizes = zip(*models, strict=True)
+    spectra, sizes = spectra_of(torch.from_numpy(values), sizes, names), np.array(sizes)
     runs = dsire.splits(spectra.micro_datasets, dsire.Protocol(experiments=4, train_size=15, seed=1))
     runs.append(split_of([7, 8, 290], range(300)))  # also of the training models themselves
     compared = by_brute_force(values, runs[0])[1].mean(1)
@@ -90,7 +85,7 @@ def test_majority_is_that_of_counter(ballots: list[int], models: int) -> None:
 
 def test_micro_datasets_are_numbered_by_sorted_name() -> None:
     """Integers sort as integers: 9 before 10; of some models, those that are there are numbered anew."""
-    spectra = spectra_of(torch.arange(5).view(1, 5, 1), [(name, 1) for name in (10, 9, 2, 10, 2)])
+    spectra = spectra_of(torch.arange(5).view(1, 5, 1), names=(10, 9, 2, 10, 2))
     assert (spectra.micro_datasets.tolist(), spectra.count) == ([2, 1, 0, 2, 0], 3)
     for chosen in (torch.tensor([0, 2, 3]), torch.tensor([True, False, True, True, False])):
         some = spectra.of_models(chosen)
@@ -99,10 +94,7 @@ def test_micro_datasets_are_numbered_by_sorted_name() -> None:
 
 
 def test_metrics_by_hand() -> None:
-    """Errors 0, 1, 2 and 10 of 1, 2, 4 and 20: MAE 13 / 4, MAPE (0 + 1/2 + 1/2 + 1/2) / 4, one of four is right.
-
-    The standard deviation is that of a population.
-    """
+    """Errors 0, 1, 2 and 10 of 1, 2, 4 and 20: MAPE (0 + 1/2 + 1/2 + 1/2) / 4. The deviation is a population's."""
     mae, mape, accuracy = dsire.metrics(torch.tensor([1, 2, 4, 20]), torch.tensor([1, 3, 2, 10]))
     assert (mae, mape, accuracy) == (pytest.approx(3.25), pytest.approx(37.5), pytest.approx(25))
     experiments = [dsire.Metrics(1, 10, 50), dsire.Metrics(3, 10, 70)]
