@@ -224,7 +224,7 @@ class Together(torch.nn.Module):
             return x @ (own["weight"] - self.layer.weight).mT
         if self.method == "loha":
             return x @ ((own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])).mT
-        return x @ own["a"].mT @ own["b"].mT
+        return x @ own["lora_A"].mT @ own["lora_B"].mT
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(self.models, -1, x.shape[-1])
@@ -239,14 +239,15 @@ def first_weights(base: Path, seed: int, method: str) -> dict[str, dict[str, Ten
     if method == "full":
         return {layer: {} for layer in layers}
     if method == "loha":
-        config = LoHaConfig(r=LOHA_RANK, alpha=LOHA_RANK, target_modules=layers)
-        found = get_peft_model_state_dict(get_peft_model(unet, config))
-        parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        return {layer: {part: found[f"base_model.model.{layer}.{part}"].clone() for part in parts} for layer in layers}
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
-    found = get_peft_model_state_dict(unet)
-    names = {"a": "lora_A", "b": "lora_B"}
-    return {layer: {name: found[f"{layer}.{its}.weight"].clone() for name, its in names.items()} for layer in layers}
+        config: Any = LoHaConfig(r=LOHA_RANK, alpha=LOHA_RANK, target_modules=layers)
+    else:
+        config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers)
+    found = get_peft_model_state_dict(get_peft_model(unet, config))
+    first: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
+    for key, tensor in found.items():
+        layer, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        first[layer][part] = tensor.clone()
+    return first
 
 
 def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method: str) -> None:
@@ -284,7 +285,7 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method
             own = {part: its[number] for part, its in unet.get_submodule(layer).own.items()}
             if method == "lora":
                 a, b = columns_of(layer)
-                weights |= {a: own["a"], b: own["b"]}
+                weights |= {a: own["lora_A"], b: own["lora_B"]}
             else:
                 weights |= {f"{layer}.{part}": tensor.half() for part, tensor in own.items()}
                 weights |= {f"{layer}.alpha": torch.tensor(float(LOHA_RANK))} if method == "loha" else {}

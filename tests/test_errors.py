@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -174,8 +175,5 @@ def test_a_fault_of_one_file(
 
 
 def test_a_device_without_the_routines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(device: str) -> None:
-        raise FAULT
-
-    monkeypatch.setattr(dsire, "warm_up", missing)
+    monkeypatch.setattr(dsire, "warm_up", Mock(side_effect=FAULT))
     assert run().says("--device=cpu can't be used here", str(FAULT))

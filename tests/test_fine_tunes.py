@@ -157,22 +157,17 @@ def test_the_base_from_the_hub(hub: HubStandIn, tmp_path: Path) -> None:
 
 
 # Layers and weights that do not fit
-def edited(base: Path, edit: Any, name: str = "full.safetensors") -> Path:
-    tensors = changed(load_file(base), DIFFUSERS)
-    edit(tensors)
-    return write(base.with_name(name), tensors)
+def edited(base: Path, changes: Tensors, name: str = "full.safetensors") -> Path:
+    return write(base.with_name(name), changed(load_file(base), DIFFUSERS) | changes)
 
 
 def test_layers_that_differ_lack_or_did_not_change_are_counted_and_do_not_vote(base: Path) -> None:
-    def edit(tensors: Tensors) -> None:
-        tensors[f"{Q}.weight"] = normal(16, 13)
-        tensors[f"{CONV}.weight"] = load_file(base)[f"{CONV}.weight"]
-        tensors["mid_block.new.weight"] = normal(4, 4)
-        tensors["mid_block.numbers.weight"] = torch.ones(4, 4, dtype=torch.int64)
-
-    found = spectra(edited(base, edit), base)
+    differ = {f"{Q}.weight": normal(16, 13), f"{CONV}.weight": load_file(base)[f"{CONV}.weight"]}
+    lack = {"mid_block.new.weight": normal(4, 4), "mid_block.numbers.weight": torch.ones(4, 4, dtype=torch.int64)}
+    full = edited(base, differ | lack)
+    found = spectra(full, base)
     assert found.shapes == {dsire.layer_name(POINT): [10, 12]}
-    assert_changes(found, differences(load_file(base.with_name("full.safetensors")), load_file(base), [POINT]))
+    assert_changes(found, differences(load_file(full), load_file(base), [POINT]))
     left_out, zero = found.notes
     assert "not in the base with the same shape" in left_out
     assert left_out.endswith(f"(2 of 4 layers, such as {dsire.layer_name(Q)})")
@@ -181,14 +176,10 @@ def test_layers_that_differ_lack_or_did_not_change_are_counted_and_do_not_vote(b
 
 
 def test_a_copy_in_half_precision_is_untrained_and_so_are_layers_that_were_only_rounded(base: Path) -> None:
-    copy = edited(base, lambda tensors: tensors.update({key: its.half() for key, its in load_file(base).items()}))
-    assert spectra(copy, base).first == [dsire.UNTRAINED]
-
-    def only_one(tensors: Tensors) -> None:
-        one = tensors[f"{Q}.weight"]
-        tensors |= {key: its.half() for key, its in {**load_file(base), f"{Q}.weight": one}.items()}
-
-    assert changes(spectra(edited(base, only_one), base)).keys() == {dsire.layer_name(Q)}
+    rounded = {key: its.half() for key, its in load_file(base).items()}
+    assert spectra(edited(base, rounded), base).first == [dsire.UNTRAINED]
+    rounded[f"{Q}.weight"] = changed(load_file(base), DIFFUSERS)[f"{Q}.weight"].half()
+    assert changes(spectra(edited(base, rounded), base)).keys() == {dsire.layer_name(Q)}
 
 
 def test_a_text_encoder_in_its_folder_is_that_of_the_base(tmp_path: Path) -> None:
@@ -212,9 +203,8 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(base: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_or_too_large_are_refused(base: Path) -> None:
-
     def filled(number: float) -> Path:
-        return edited(base, lambda its: its[f"{POINT}.weight"].fill_(number), f"{number}.safetensors")
+        return edited(base, {f"{POINT}.weight": number * torch.ones(SHAPES[POINT]).double()}, f"{number}.safetensors")
 
     refusal(filled(float("nan")), f"{POINT}.weight holds a number that is NaN", base=base)
     refusal(base, f"the base: {POINT}.weight holds a number that is NaN", base=filled(float("nan")))

@@ -253,16 +253,12 @@ def test_other_layouts(run: Run, tmp_path: Path) -> None:
     assert_right(run(f"--dataset={folder}", "--train_size=15"), by_the_book(folder))
 
 
-def test_columns_that_are_no_weights_are_said(run: Run, tmp_path: Path) -> None:
-    table = table_of(models_of(3)).append_column("seed", pa.array([0] * 18))
-    outcome = run(f"--dataset={write_folder(tmp_path / 'wise', [table])}")
-    assert "columns that are not LoRA weights, left out: seed" in outcome.out
-
-
-def test_missing_sizes_and_duplicates_are_said(run: Run, tmp_path: Path) -> None:
+def test_missing_sizes_duplicates_and_columns_that_are_no_weights_are_said(run: Run, tmp_path: Path) -> None:
     models = [model for model in models_of(18) if model not in (("thing_03", 2), ("thing_05", 6))]
-    folder = write_folder(tmp_path / "wise", [[*models, models[0], models[1]]])
+    table = table_of([*models, models[0], models[1]])
+    folder = write_folder(tmp_path / "wise", [table.append_column("seed", pa.array([0] * len(table)))])
     outcome = run(f"--dataset={folder}", "--train_size=15")
     assert_right(outcome, by_the_book(folder))
+    assert "columns that are not LoRA weights, left out: seed" in outcome.out
     assert "2 models of the micro-dataset and size of another one" in outcome.out
     assert any("thing_03" in note and "thing_05" in note and "size" in note for note in outcome.report["notes"])

@@ -171,11 +171,10 @@ def test_missing_and_additional_layers_are_counted(own: Path, tmp_path: Path, ru
 
 
 def changed(path: Path, factors: dict[str, float]) -> Path:
-
-    def factor(key: str) -> float:
-        return next((its for start, its in factors.items() if key.startswith(start)), 1.0)
-
-    return write(path, {key: factor(key) * torch.from_numpy(its) for key, its in weights_of(("new", 2)).items()})
+    tensors = {key: torch.from_numpy(matrix) for key, matrix in weights_of(("new", 2)).items()}
+    for start, factor in factors.items():
+        tensors |= {key: factor * its for key, its in tensors.items() if key.startswith(start)}
+    return write(path, tensors)
 
 
 @pytest.mark.parametrize("micro_datasets", [1, 2, 20])

@@ -190,13 +190,17 @@ def test_models_whose_size_is_not_labelled(monkeypatch: pytest.MonkeyPatch) -> N
     assert {row[column] for row in table.rows for column in columns} == {None}
 
 
-def test_log_ridge_with_a_single_model_or_micro_dataset_and_with_zeros() -> None:
+def test_log_ridge_with_a_single_model_or_micro_dataset_with_zeros_and_far_beyond() -> None:
     one, alone = power_law([5], micro_datasets=1), power_law([1, 4, 16], micro_datasets=1)
     zeros = dsire.replace(alone, values=torch.zeros_like(alone.values))
     assert dsire.fitted_ridge(one, one)[0].sizes.tolist() == [5]
     assert dsire.fitted_ridge(alone, alone)[0].sizes.tolist() == [1, 4, 16]
     for train, test in ((alone, zeros), (zeros, alone)):
         assert dsire.fitted_ridge(train, test)[0].shares.isfinite().all()
+    train = power_law([1, 4, 16])
+    for factor, size in ((1e-30, 64), (1e30, 1)):  # what is far from all others is a size all the same
+        far = dsire.replace(train, values=factor * train.values)
+        assert set(dsire.leave_out(train, far, dsire.log_regression)[0].sizes.tolist()) == {size}
 
 
 def test_the_tables_of_a_comparison(part: dsire.Spectra) -> None:
@@ -236,13 +240,6 @@ def test_a_table_is_aligned_by_what_stands_in_it() -> None:
         "second           12    0.10",
     ]
     assert dsire.Table("", ["row"], [["one"]]).lines() == ["", "row", "one"]
-
-
-def test_log_regression_of_spectra_far_from_all_others_is_a_size() -> None:
-    train = power_law([1, 4, 16])
-    for factor, size in ((1e-30, 64), (1e30, 1)):
-        far = dsire.replace(train, values=factor * train.values)
-        assert set(dsire.leave_out(train, far, dsire.log_regression)[0].sizes.tolist()) == {size}
 
 
 def test_plots_of_gda_and_nothing_lost_with_too_few_models(run: Run, tiny_wise: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_size_that_is_not_labelled_is_compared_with_the_nearest_one_that_is() 
 
 @pytest.mark.parametrize("predictor", ["dsire", "log-ridge", "log-regression"])
 def test_every_size_is_covered(predictor: str) -> None:
-    """A draw deviates by 6.5 % (a beta distribution of 19 and 2), and its ten models asked by 9.5 %; ten draws by 3.6 %."""
+    """A draw deviates by 6.5 % (a beta distribution of 19 and 2), the ten models asked by 9.5 %: ten draws by 3.6 %."""
     held: dict[int, list[bool]] = {size: [] for size in SIZES}
     for turn in range(10):
         fitted, new = made_up(20, seed=100 + turn), made_up(10, seed=200 + turn)
