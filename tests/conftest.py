@@ -264,18 +264,14 @@ def reference_spectra(files: Sequence[Path], rank: int) -> tuple[list[Model], li
     """The models, and for each voter its spectra [models, rank]: A and B in the columns' order, then the products."""
     table = pa.concat_tables([pq.read_table(file) for file in files])
     models = list(zip(table.column("name").to_pylist(), table.column("label").to_pylist(), strict=True))
-    matrices = {
-        column: torch.tensor(np.stack(table.column(column).to_numpy()))
-        for column in table.column_names
-        if column.endswith((".lora.down.weight", ".lora.up.weight"))
-    }
-    downs = {column: flat.view(len(models), rank, -1) for column, flat in matrices.items() if ".down.weight" in column}
-    ups = {column: flat.view(len(models), -1, rank) for column, flat in matrices.items() if ".up.weight" in column}
-    factors = downs | ups
-    layers = list(dict.fromkeys(column.rsplit(".lora.", 1)[0] for column in matrices))
-    products = [ups[f"{layer}.lora.up.weight"] @ downs[f"{layer}.lora.down.weight"] for layer in layers]
-    full = [*(factors[column] for column in matrices), *products]
-    return models, [torch.linalg.svdvals(matrix)[:, :rank].numpy() for matrix in full]
+    factors = {}
+    for column in table.column_names:
+        if ".lora." in column:
+            flat = torch.tensor(np.stack(table.column(column).to_numpy()))
+            factors[column] = flat.view(len(models), *((rank, -1) if ".down." in column else (-1, rank)))
+    layers = dict.fromkeys(column.rsplit(".lora.", 1)[0] for column in factors)
+    products = [factors[f"{layer}.lora.up.weight"] @ factors[f"{layer}.lora.down.weight"] for layer in layers]
+    return models, [torch.linalg.svdvals(matrix)[:, :rank].numpy() for matrix in (*factors.values(), *products)]
 
 
 def reference_experiments(models: list[Model], voters: list[np.ndarray], experiments: int = 10) -> list[Reference]:

@@ -147,13 +147,6 @@ def test_what_is_not_there(arguments: list[str], parts: list[str], run: Run, hub
     assert run(*SUBSET, *arguments).says(*parts)
 
 
-def test_a_subset_that_does_not_ship(run_anew: Run, hub: HubStandIn) -> None:
-    hub.stop()
-    outcome = run_anew("--subset=low4")
-    hub.start()
-    assert outcome.says("--subset=low4", "does not ship, as low_4 medium_4 recipes_4 do")
-
-
 @pytest.mark.parametrize("fault", ["no token", "a wrong token", "not on the list", "no network", "offline"])
 def test_a_hub_that_does_not_give_it(fault: str, run_anew: Run, hub: HubStandIn, folder: Path) -> None:
     hub.repository.token, hub.repository.granted = "hf_right", fault != "not on the list"
