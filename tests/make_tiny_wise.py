@@ -139,10 +139,11 @@ def image_losses(unet: UNet2DConditionModel, images: Tensor, condition: Tensor, 
     return (predicted - noise).square().mean(dim=(1, 2, 3))
 
 
-def train_base(path: Path) -> None:
+def base_model(work: Path) -> Path:
     """The base model, trained on the first images of every digit, and its condition: one safetensors file."""
+    path = work / "base.safetensors"
     if path.exists():
-        return
+        return path
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     images = torch.cat([images[:BASE_IMAGES] for images in images_of_each_digit()])
@@ -163,6 +164,7 @@ def train_base(path: Path) -> None:
         decay.step()
     weights = {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
     save_whole(weights | {"condition": condition.detach()}, path)
+    return path
 
 
 def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
@@ -190,11 +192,6 @@ def load_base(path: Path) -> tuple[UNet2DConditionModel, Tensor]:
 def adapted_layers(unet: UNet2DConditionModel) -> list[str]:
     """The layers that get a LoRA, in the network's order."""
     return [name for name, _ in unet.named_modules() if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
-
-
-def columns_of(layer: str) -> tuple[str, str]:
-    """The names of A and B of a layer in LoRA-WiSE."""
-    return f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"
 
 
 class Model(NamedTuple):
@@ -284,8 +281,8 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method
         for layer in first:
             own = {part: its[number] for part, its in unet.get_submodule(layer).own.items()}
             if method == "lora":
-                a, b = columns_of(layer)
-                weights |= {a: own["lora_A"], b: own["lora_B"]}
+                weights |= {f"unet.{layer}.lora.down.weight": own["lora_A"]}
+                weights |= {f"unet.{layer}.lora.up.weight": own["lora_B"]}
             else:
                 weights |= {f"{layer}.{part}": tensor.half() for part, tensor in own.items()}
                 weights |= {f"{layer}.alpha": torch.tensor(float(LOHA_RANK))} if method == "loha" else {}
@@ -294,8 +291,7 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method
 
 def fine_tune_all(subset: str, work: Path, pilot: int, processes: int) -> list[Model]:
     """Every (micro-dataset, size, recipe), some at a time, one process a core: the models in a shuffled order."""
-    base = work / "base.safetensors"
-    train_base(base)
+    base = base_model(work)
     folder = work / f"{subset}{'_pilot' * pilot}"
     models, runs = [], []
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -334,7 +330,7 @@ def write_shards(subset: str, models: list[Model], folder: Path) -> None:
         if len(RECIPES[subset]) > 1:
             columns["recipe"] = pa.array([model.recipe for model in shard])
         of_models = list(columns)
-        matrices = [column for layer in layers for column in columns_of(layer)]
+        matrices = [f"unet.{layer}.lora.{its}.weight" for layer in layers for its in ("down", "up")]
         for column in matrices:
             flat = [tensors[column].to(PRECISION[subset]).double().flatten().numpy() for tensors in weights]
             columns[column] = pa.array(flat, pa.list_(pa.float64()))
@@ -383,8 +379,7 @@ def write_card(output: Path) -> None:
 
 def write_examples(work: Path, output: Path) -> None:
     """LoRA files that an estimate from `low_4` has something to say of; their images are a pilot's."""
-    base = work / "base.safetensors"
-    train_base(base)
+    base = base_model(work)
     images, digits = micro_datasets("recipes_4", pilot=1)["hand_72"]
     many = torch.cat([of_digit[BASE_IMAGES + 90 : BASE_IMAGES + 92] for of_digit in images_of_each_digit()])
     which = torch.arange(10).repeat_interleave(2)
@@ -414,7 +409,7 @@ def main() -> None:
     output = arguments.work / ("pilot" * arguments.pilot) if arguments.pilot else arguments.output
     models = fine_tune_all(arguments.subset, arguments.work, arguments.pilot, arguments.processes)
     if arguments.subset in FILES:
-        base = arguments.work / "base.safetensors" if arguments.subset == "full" else None
+        base = base_model(arguments.work) if arguments.subset == "full" else None
         write_folder(models, output.parent / f"tiny_{arguments.subset}", base)
         return
     write_shards(arguments.subset, models, output / arguments.subset.replace("_", "/"))

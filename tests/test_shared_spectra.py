@@ -103,10 +103,6 @@ def put(place: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda values: values.index_put(at, torch.tensor(value, dtype=values.dtype))
 
 
-def each(change: Callable[[str], Any]) -> Callable[[list[str]], list[Any]]:
-    return lambda texts: [change(text) for text in texts]
-
-
 LIES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # what a field of Spectra is made to be
     "NaN": ("values", put(0, float("nan"))),
     "negative": ("values", put(-1, -1)),
@@ -118,8 +114,8 @@ LIES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # what a field of Spectra
     "sizes of another type": ("sizes", lambda sizes: sizes.double()),
     "fewer names": ("names", lambda names: names[1:]),
     "names of two types": ("names", lambda names: [1, *names[1:]]),
-    "an escape sequence": ("names", each(lambda name: f"{name}\x1b[31m")),
-    "a bidi mark": ("names", each(lambda name: f"\u202e{name}")),
+    "an escape sequence": ("names", lambda names: [f"{name}\x1b[31m" for name in names]),
+    "a bidi mark": ("names", lambda names: [f"\u202e{name}" for name in names]),
     "a new line": ("method", lambda method: "LoRA\nsaid"),
     "few recipes": ("recipes", lambda recipes: ["a"]),
     "a voter twice": ("voters", lambda voters: [voters[1], *voters[1:]]),
