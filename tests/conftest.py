@@ -63,15 +63,15 @@ def models_of(micro_datasets: int, sizes: Sequence[int] = (1, 2, 3, 4, 5, 6)) ->
     return models
 
 
-def weights_of(model: Model, rank: int = RANK, layers: Sequence[str] = LAYERS) -> dict[str, np.ndarray]:
+def weights_of(model: Model, rank: int = RANK, layers: Sequence[str] = LAYERS) -> dict[str, torch.Tensor]:
     """Column -> matrix, float32 precise: noise that is the model's own, on a scale that shrinks with its size."""
     draw = np.random.default_rng(list(repr(model).encode()))
     scale = float(model[1]) ** -0.2
     weights = {}
     for number, layer in enumerate(layers):
         down, up = (rank, 16 + 8 * (number % 3)), (24 + 8 * (number % 2), rank)
-        weights[f"{layer}.lora.down.weight"] = np.float32(scale * draw.normal(size=down))
-        weights[f"{layer}.lora.up.weight"] = np.float32(scale * draw.normal(size=up))
+        weights[f"{layer}.lora.down.weight"] = torch.from_numpy(scale * draw.normal(size=down)).float()
+        weights[f"{layer}.lora.up.weight"] = torch.from_numpy(scale * draw.normal(size=up)).float()
     return weights
 
 
@@ -80,7 +80,7 @@ def table_of(models: Sequence[Model], number: pa.DataType | None = None, **optio
     rows = [weights_of(model, **options) for model in models]
     columns = {"label": pa.array([size for _, size in models]), "name": pa.array([name for name, _ in models])}
     for column in rows[0]:
-        values = [np.float64(row[column]).ravel() for row in rows]
+        values = [row[column].double().flatten().numpy() for row in rows]
         columns[column] = pa.array(values, pa.list_(number or pa.float64()))
     return pa.table(columns)
 
@@ -121,9 +121,8 @@ def write_labelled(folder: Path, models: Iterable[Model] = LABELLED, prefix: str
     rows = ["file_name,label,name"]
     folder.mkdir()
     for name, size in models:
-        weights = {key: torch.from_numpy(matrix) for key, matrix in weights_of((name, size)).items()}
         file = f"{prefix}{name}{size}.safetensors"
-        save_file(weights, folder / file)
+        save_file(weights_of((name, size)), folder / file)
         rows.append(f"{file},{size},{name}")
     (folder / "metadata.csv").write_text("\n".join(rows))
     return folder
@@ -147,10 +146,6 @@ def spectra_of(values: torch.Tensor, sizes: Any = None, names: Any = None) -> ds
     voters = [dsire.Voter(f"layer_{row // 3}", dsire.MATRICES[row % 3]) for row in range(len(values))]
     sizes, shapes = torch.as_tensor(sizes or [1] * models), {voter.layer: [4, 4, values.shape[2]] for voter in voters}
     return dsire.Spectra(values.double(), sizes, list(names or range(models)), voters, shapes)
-
-
-def split_of(train: Iterable[int], test: Iterable[int]) -> dsire.Split:
-    return dsire.Split(*(torch.tensor(list(models), dtype=torch.int64) for models in (train, test)))
 
 
 @pytest.fixture

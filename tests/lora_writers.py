@@ -89,8 +89,7 @@ def adapter(folder: Path, config: Any = None, **changes: Any) -> Path:
 
 def write_model(path: Path, model: Model, header: dict[str, str] | None = None, **options: Any) -> Path:
     """The made-up model of a name and a size, in LoRA-WiSE's layout."""
-    tensors = {key: torch.from_numpy(matrix) for key, matrix in weights_of(model, **options).items()}
-    return write(path, tensors, header)
+    return write(path, weights_of(model, **options), header)
 
 
 def assert_spectra(found: dsire.Spectra, lora: Lora, scale: float = 1) -> None:

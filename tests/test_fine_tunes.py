@@ -304,6 +304,11 @@ def test_loha_and_lokr_of_peft(case: str, tmp_path: Path) -> None:
     assert (found.method.split()[0], found.notes) == (case.partition(",")[0], [])
 
 
+def assert_without_base(found: dsire.Spectra) -> None:
+    assert [note.partition(":")[0] for note in found.notes] == ["DoRA without its base"]
+    assert (found.method, {voter.matrix for voter in found.voters}) == ("DoRA", {"A", "B"})
+
+
 @pytest.mark.parametrize("layer", [*LAYERS])
 def test_dora_of_lycoris(layer: str, tmp_path: Path) -> None:
     base, file = write(tmp_path / "base.safetensors", Net().state_dict()), tmp_path / "dora.safetensors"
@@ -311,6 +316,7 @@ def test_dora_of_lycoris(layer: str, tmp_path: Path) -> None:
     found = spectra(file, base)
     assert_changes(found, expected, 1e-6)
     assert (found.method, {voter.matrix for voter in found.voters}) == ("DoRA", {"A", "B", "BA"})
+    assert_without_base(spectra(file))
     by_lycoris(LoConModule, file, (layer,), weight_decompose=True, wd_on_out=False)
     refusal(file, "one number for each output", base=base)
 
@@ -329,6 +335,7 @@ def test_dora_of_peft(layer: str, tmp_path: Path) -> None:
     change = merged.detach().double() - load_file(base)[f"{layer}.weight"].double()
     found = spectra(tmp_path / "adapter_model.safetensors", base)
     assert_changes(found, {layer: change.T if layer == "turned" else change}, 1e-6)
+    assert_without_base(spectra(tmp_path / "adapter_model.safetensors"))
 
 
 def test_dora_that_is_untrained_or_whose_base_lacks_a_layer(tmp_path: Path) -> None:

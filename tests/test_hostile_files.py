@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 import torch
 from lora_writers import adapter, assert_spectra, one_layer, refusal, within, write, write_model
-from torch import Tensor
+from torch import Tensor, ones
 
 import dsire
 
 DOWN, UP = "lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"
 NAN, INF = float("nan"), float("inf")
-
-
-def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.ones(shape, dtype=dtype)
 
 
 def assert_sound(file: Path) -> None:

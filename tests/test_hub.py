@@ -126,27 +126,6 @@ def test_a_dataset_that_changed_is_fetched_anew_where_it_changed(run: Run, hub: 
     assert fetched(hub) == [FIRST, SECOND, THIRD, THIRD]
 
 
-CARDS = {"some/tables": "configs:\n- config_name: a\n  data_files: x.csv\n", "some/texts": "license: mit\n"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--revision=v7"], ["at revision v7", dsire.LORA_WISE]),
-        (["--subset=low_64"], ["--subset=low_64", dsire.LORA_WISE, "low_4"]),
-        (["--dataset=nobody/nothing"], ["nobody/nothing: no such file or folder here", "HF_TOKEN"]),
-        (["--dataset=a--b/c"], ["a--b/c"]),
-        *(([f"--dataset={name}"], [name, "no parquet", "README.md"]) for name in CARDS),
-    ],
-)
-def test_what_is_not_there(arguments: list[str], parts: list[str], run: Run, hub: HubStandIn, tmp_path: Path) -> None:
-    for name, card in CARDS.items():
-        (tmp_path / "hub" / name).mkdir(parents=True)
-        (tmp_path / "hub" / name / "README.md").write_text(f"---\n{card}---\n")
-        hub.add(tmp_path / "hub" / name, name)
-    assert run(*SUBSET, *arguments).says(*parts)
-
-
 @pytest.mark.parametrize("fault", ["no token", "a wrong token", "not on the list", "no network", "offline"])
 def test_a_hub_that_does_not_give_it(fault: str, run_anew: Run, hub: HubStandIn, folder: Path) -> None:
     hub.repository.token, hub.repository.granted = "hf_right", fault != "not on the list"
@@ -209,17 +188,31 @@ def test_a_damaged_model(name: str, times: int | None, run: Run, hub: HubStandIn
     assert its.read_bytes() == (lora / name).read_bytes()
 
 
+CARDS = {"some/tables": "configs:\n- config_name: a\n  data_files: x.csv\n", "some/texts": "license: mit\n"}
+
+
 @pytest.mark.parametrize(
-    ("item", "parts"),
+    ("argument", "parts"),
     [
-        ("user/lora:nothing.bin", ["user/lora has no nothing.bin"]),
-        ("user/pickles", ["no safetensors", "user/name:file.bin"]),
-        ("unknown/suspect_1", ["unknown/suspect_1: no such file or folder here", "Hub"]),
-        ("unknown/suspect.safetensors", ["unknown/suspect.safetensors: no such file or folder"]),
+        ("--revision=v7", ["at revision v7", dsire.LORA_WISE]),
+        ("--subset=low_64", ["--subset=low_64", dsire.LORA_WISE, "low_4"]),
+        ("--dataset=nobody/nothing", ["nobody/nothing: no such file or folder here", "HF_TOKEN"]),
+        ("--dataset=a--b/c", ["a--b/c"]),
+        *((f"--dataset={name}", [name, "no parquet", "README.md"]) for name in CARDS),
+        ("--predict=user/lora:nothing.bin", ["user/lora has no nothing.bin"]),
+        ("--predict=user/pickles", ["no safetensors", "user/name:file.bin"]),
+        ("--predict=unknown/suspect_1", ["unknown/suspect_1: no such file or folder here", "Hub"]),
+        ("--predict=unknown/suspect.safetensors", ["unknown/suspect.safetensors: no such file or folder"]),
     ],
 )
-def test_no_such_models(item: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path, tmp_path: Path) -> None:
+def test_what_is_not_there(
+    argument: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path, tmp_path: Path
+) -> None:
+    for name, card in CARDS.items():
+        hub.add(tmp_path / "hub" / name, name)
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        (tmp_path / "hub" / name / "README.md").write_text(f"---\n{card}---\n")
     (tmp_path / "pickles").mkdir()
     (lora / "lora.bin").rename(tmp_path / "pickles" / "lora.bin")
     hub.add(tmp_path / "pickles", "user/pickles", kind="model")
-    assert run(f"--predict={item}").says(*parts)
+    assert run(*SUBSET, argument).says(*parts)

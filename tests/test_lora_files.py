@@ -155,16 +155,6 @@ def test_what_is_of_no_layer_is_set_aside_and_counted(tmp_path: Path) -> None:
     assert "lora_unet_norm.w_norm" in note
 
 
-def test_dora_is_read_without_its_magnitude_and_says_so(tmp_path: Path) -> None:
-    options = {"r": 2, "lora_alpha": 3, "target_modules": ["query"], "init_lora_weights": False}
-    get_peft_model(Net(), LoraConfig(use_dora=True, **options)).save_pretrained(tmp_path)
-    kohya = write(tmp_path / "kohya" / "lora.pt", one_layer(alpha=torch.tensor(2.0), dora_scale=torch.ones(5, 1)))
-    for file in (tmp_path / "adapter_model.safetensors", kohya):
-        spectra = dsire.file_spectra(file)
-        assert [note.partition(":")[0] for note in spectra.notes] == ["DoRA without its base"]
-        assert (spectra.method, {voter.matrix for voter in spectra.voters}) == ("DoRA", {"A", "B"})
-
-
 # Shapes, dtypes, containers
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])

@@ -5,23 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import Model, spectra_of, split_of
+from conftest import spectra_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
 import dsire
-
-
-def models_that_share_spectra() -> tuple[np.ndarray, list[Model]]:
-    """Whole numbers [voters, models, r], of which squares are exact; equal spectra belong to models of any size."""
-    draw = np.random.default_rng(0)
-    values = draw.integers(0, 1000, size=(5, 300, 4))
-    values[1] = draw.integers(0, 4, size=(300, 4))  # near ones are many
-    values[2] = values[2, draw.integers(0, 100, size=300)]  # three models share each, in the mean
-    values[3] = values[3, 0]
-    values[4] += 2**30  # squares of differences are exact, but not differences of squares
-    return values, list(zip(draw.integers(0, 40, 300).tolist(), draw.choice([1, 5, 20], 300).tolist(), strict=True))
 
 
 def by_brute_force(values: np.ndarray, run: dsire.Split) -> tuple[np.ndarray, np.ndarray]:
@@ -35,11 +24,16 @@ def by_brute_force(values: np.ndarray, run: dsire.Split) -> tuple[np.ndarray, np
 def test_votes_of_models_that_share_spectra(monkeypatch: pytest.MonkeyPatch, distances_at_once: int) -> None:
     """In blocks of any size, for all experiments together and for each alone, the first of the nearest is asked."""
     monkeypatch.setattr(dsire, "DISTANCES_AT_ONCE", distances_at_once)
-    values, models = models_that_share_spectra()
-    names, sizes = zip(*models, strict=True)
-    spectra, sizes = spectra_of(torch.from_numpy(values), sizes, names), np.array(sizes)
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 1000, size=(5, 300, 4))  # whole numbers, of which squares are exact
+    values[1] = draw.integers(0, 4, size=(300, 4))  # near ones are many
+    values[2] = values[2, draw.integers(0, 100, size=300)]  # three models share each, in the mean
+    values[3] = values[3, 0]
+    values[4] += 2**30  # squares of differences are exact, but not differences of squares
+    names, sizes = draw.integers(0, 40, 300).tolist(), draw.choice([1, 5, 20], 300)
+    spectra = spectra_of(torch.from_numpy(values), sizes.tolist(), names)
     runs = dsire.splits(spectra.micro_datasets, dsire.Protocol(experiments=4, train_size=15, seed=1))
-    runs.append(split_of([7, 8, 290], range(300)))  # also of the training models themselves
+    runs.append(dsire.Split(torch.tensor([7, 8, 290]), torch.arange(300)))  # also of the training models themselves
     compared = by_brute_force(values, runs[0])[1].mean(1)
     assert compared[0] > 0.99
     assert 0.1 < compared[1:3].min() <= compared[1:3].max() < 0.9
@@ -61,10 +55,10 @@ def test_nearest_is_that_of_scikit_learn(seed: int, voters: int, models: int, sp
     values = offset + scale * draw.normal(size=(voters, models + 1, rank))
     values[:, models] = 1e8
 
-    def some() -> list[int]:
-        return sorted(draw.choice(models, draw.integers(1, models + 1), replace=False).tolist())
+    def some(*more: int) -> torch.Tensor:
+        return torch.tensor([*sorted(draw.choice(models, draw.integers(1, models + 1), replace=False)), *more])
 
-    runs = [split_of([*some(), models], some()) for _ in range(splits)]
+    runs = [dsire.Split(some(models), some()) for _ in range(splits)]
     for (train, test), found in zip(runs, dsire.nearest(torch.from_numpy(values), runs), strict=True):
         for x, its in zip(values, found.tolist(), strict=True):
             fitted = NearestNeighbors(n_neighbors=1).fit(x[train.numpy()])
