@@ -300,10 +300,7 @@ def shipped_by_the_book(tiny_wise: Path) -> Book:
     return by_the_book(tiny_wise / "low" / "4")
 
 
-Row = tuple[int, str, int, int, float]  # experiment, name, size, predicted and vote_share
-
-
-def rows_of(predictions: str) -> list[Row]:
+def rows_of(predictions: str) -> list[tuple[int, str, int, int, float]]:
     header, *rows = csv.reader(io.StringIO(predictions))
     assert header == ["experiment", "name", "size", "predicted", "vote_share"]
     return [(int(run), name, int(size), int(guess), float(share)) for run, name, size, guess, share in rows]

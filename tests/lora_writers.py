@@ -18,8 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 import dsire
 
-torch.set_num_threads(1)  # matrices this small are slower in several threads, many times so on a busy machine
-
 
 class Net(nn.Module):
     def __init__(self) -> None:

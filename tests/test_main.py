@@ -42,11 +42,6 @@ def metrics_of(rows: list[Any]) -> dict[str, float]:
     }
 
 
-@pytest.fixture
-def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dsire, "find_source", None)
-
-
 def test_the_shipped_subset_in_a_new_process(run_anew: Run, shipped_by_the_book: Book) -> None:
     first = run_anew(HF_HUB_OFFLINE="1")
     assert first.err == ""
@@ -198,7 +193,8 @@ def test_the_tables_keep_the_bytes_of_names(run: Run, tmp_path: Path) -> None:
 
 # Options
 @pytest.mark.parametrize("device", ["hpu", "gpu", "meta", "nowhere", "cuda:99", "cuda:x", "CPU"])
-def test_a_device_that_is_none(device: str, run: Run, nothing_is_read: None) -> None:
+def test_a_device_that_is_none(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dsire, "find_source", None)
     outcome = run(f"--device={device}")
     assert outcome.says(f"--device={device}", "cpu")
     assert len(outcome.err) < 200
@@ -208,7 +204,8 @@ IMPOSSIBLE = "--confidence=0.8 --rank=0 --experiments=9007199254740993 --leave_o
 
 
 @pytest.mark.parametrize("option", [*IMPOSSIBLE.split(), "--save_spectra=/proc/x/y.safetensors"])
-def test_what_cannot_be_done_is_known_before(option: str, run: Run, nothing_is_read: None) -> None:
+def test_what_cannot_be_done_is_known_before(option: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dsire, "find_source", None)
     more = ["--predict", "x"] if option == "--compare" else []
     assert run(option, *more).says("/proc/x" if "/proc/x" in option else option.partition("=")[0])
 

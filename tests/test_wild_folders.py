@@ -28,15 +28,6 @@ def write_parquet(folder: Path, table: pa.Table | None = None, name: str = "trai
     return folder
 
 
-def write_wise(folder: Path, subset: str = "low_4") -> Path:
-    return write_folder(folder, [models_of(4, SIZES)], subset=subset)
-
-
-def add_config(folder: Path, name: str, files: str) -> None:
-    card = (folder / "README.md").read_text().removesuffix("---\n")
-    (folder / "README.md").write_text(f"{card}- config_name: {name}\n  data_files: {files}\n---\n")
-
-
 def spectra_of(folder: Path, cache: Path) -> dsire.Spectra:
     source = dsire.find_source(str(folder), None, None, cache)
     return dsire.subset_spectra(source, dsire.rank_of(source, None)[0], cache)
@@ -50,7 +41,7 @@ def note_of(notes: list[str], *parts: str) -> bool:
 # Parquet: labels, names, columns, the rank
 def test_numbers_that_stand_for_names_are_refused(run: Run, tmp_path: Path) -> None:
     """The numbers of classes would pass for sizes; README.md, or the parquet itself, says that they are none."""
-    folder = write_wise(tmp_path / "wise")
+    folder = write_folder(tmp_path / "wise", [models_of(4, SIZES)])
     card = (folder / "README.md").read_text()
     classes = "  - name: label\n    dtype:\n      class_label:\n        names:\n          '0': '10'\n"
     (folder / "README.md").write_text(card.replace("  - name: label\n    dtype: string\n", classes))
@@ -96,7 +87,7 @@ def test_labels_and_names_that_are_none(column: str, values: list[Any]) -> None:
 
 @pytest.mark.parametrize("subset", ["fold_2", "mine", "low_2"])
 def test_the_rank_of_a_name(subset: str, run: Run, tmp_path: Path) -> None:
-    folder = write_wise(tmp_path / "wise", subset)
+    folder = write_folder(tmp_path / "wise", [models_of(4, SIZES)], subset)
     assert subset == "low_2" or run("--dataset", folder).says(subset, "--rank")
     outcome = run("--dataset", folder, "--rank=4", "--train_size=2")
     assert outcome.code == 0, outcome.err
@@ -120,10 +111,11 @@ def test_parquet_that_no_split_names_is_counted(run: Run, tmp_path: Path) -> Non
 
 
 def test_other_subsets_are_not_left_out(run: Run, tmp_path: Path) -> None:
-    folder = write_wise(tmp_path / "wise")
+    folder = write_folder(tmp_path / "wise", [models_of(4, SIZES)])
     write_parquet(folder / "low" / "8")
-    add_config(folder, "low_8", "low/8/*")
-    add_config(folder, "texts", "t.csv")
+    configs = "- {config_name: low_8, data_files: low/8/*}\n- {config_name: texts, data_files: t.csv}\n---\n"
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.removesuffix("---\n") + configs)
     (folder / "t.csv").write_text("a,b\n")
     for hidden in ("._train-00000-of-00001.parquet", ".train-0.parquet"):
         (folder / "low" / "4" / hidden).write_bytes(b"macOS")
@@ -136,7 +128,7 @@ def test_other_subsets_are_not_left_out(run: Run, tmp_path: Path) -> None:
 
 
 def test_stars_in_a_readme_are_no_aliases(run_anew: Run, tmp_path: Path) -> None:
-    folder = write_wise(tmp_path / "wise")
+    folder = write_folder(tmp_path / "wise", [models_of(4, SIZES)])
     card = (folder / "README.md").read_text().replace("---\n", "---\ndescription: R&D is *new*, AT &T\n", 1)
     for text in (f"{card}\n*Not* - *an alias*\n- &neither\n", "*Only* - *text*\n", f"\n\n{card}"):
         (folder / "README.md").write_text(text)
