@@ -30,10 +30,6 @@ def folder_of(tmp_path: Path, *edits: Edit, **options: Any) -> Path:
     return write_folder(tmp_path / "wise", shards, **options)
 
 
-def as_it_is(table: pa.Table) -> pa.Table:
-    return table
-
-
 @pytest.mark.parametrize(
     ("option", "parts"),
     [
@@ -108,7 +104,7 @@ def test_a_table_that_cannot_be_right(edit: Edit, rows: int, parts: list[str], r
 
 @pytest.mark.parametrize("edit", [twice_as_long, lambda table: table.drop_columns([DOWN, UP])])
 def test_a_layer_that_is_another_one_in_another_shard(edit: Edit, run: Run, tmp_path: Path) -> None:
-    outcome = run(f"--dataset={folder_of(tmp_path, as_it_is, edit)}")
+    outcome = run(f"--dataset={folder_of(tmp_path, lambda table: table, edit)}")
     assert "2 layers of rank 4" in outcome.out
     (note,) = (note for note in outcome.report["notes"] if "1 layer left out" in note)
     assert "mid_block" in note

@@ -1,5 +1,6 @@
 """Fine-tunes other than LoRA: the spectra of the change of the weights, as the libraries that merge them have it."""
 
+import itertools
 import math
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import ROOT, Run, normal
+from conftest import ROOT, Run, normal, write_labelled
 from hub_stand_in import HubStandIn
 from lora_writers import Net, assert_changes, changes, refusal, write
 from lycoris.modules.locon import LoConModule
@@ -62,12 +63,12 @@ def changed(base: Tensors, names: dict[str, str], seed: int = 20, scale: float =
     return full
 
 
-def lora_file(path: Path, seed: int = 20, scale: float = 1.5) -> Path:
+def lora_tensors(seed: int = 20, scale: float = 1.5) -> Tensors:
     tensors = {}
     for layer, a, b in loras(seed):
         parts = {"lora_A.weight": a, "lora_B.weight": b, "alpha": torch.tensor(scale * RANK, dtype=torch.float64)}
         tensors |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
-    return write(path, tensors)
+    return tensors
 
 
 def spectra(file: Path, base: Path | None = None, count: int = dsire.LARGEST) -> dsire.Spectra:
@@ -92,7 +93,7 @@ def test_a_merged_lora_has_the_spectra_of_the_lora_but_for_rounding(dtype: str, 
     old = {key: tensor.to(getattr(torch, dtype)) for key, tensor in model(DIFFUSERS).items()}
     exact = changed({key: tensor.double() for key, tensor in old.items()}, DIFFUSERS, scale=scale)
     new = {key: tensor.to(getattr(torch, dtype)) for key, tensor in exact.items()}
-    lora = spectra(lora_file(tmp_path / "lora.safetensors", scale=scale))
+    lora = spectra(write(tmp_path / "lora.safetensors", lora_tensors(scale=scale)))
     full = spectra(write(tmp_path / "full.safetensors", new), write(tmp_path / "base.safetensors", old))
     assert_changes(full, differences(new, old, SHAPES))
     assert (full.method, full.first) == (f"full fine-tune in {dtype}", [])
@@ -368,31 +369,24 @@ def test_parts_that_lack_do_not_fit_or_are_not_understood(part: str, tmp_path: P
 
 
 # The command: labelled models of each kind, and models of each kind to predict
-def tune(kind: str, path: Path, base: Path, seed: int, scale: float = 1) -> Path:
-    names, tensors = DIFFUSERS, {}
+def tuned(kind: str, base: Path, seed: int, scale: float = 1) -> Tensors:
+    old, tensors = load_file(base), {}
     if kind == "full":
-        return write(path, changed(load_file(base), names, seed, scale))
+        return changed(old, DIFFUSERS, seed, scale)
     if kind == "LoHa":
         for n, (layer, (out, *into)) in enumerate(SHAPES.items()):
             for m, part in enumerate(("w1_a", "w1_b", "w2_a", "w2_b")):
                 shape = (out, 2) if part.endswith("a") else (2, math.prod(into))
                 tensors[f"{layer}.hada_{part}"] = scale**0.25 * normal(*shape, seed=seed + 10 * n + m) / 3
             tensors[f"{layer}.alpha"] = torch.tensor(2.0)
-        return write(path, tensors)
-    tensors = load_file(lora_file(path, seed, scale))
-    if kind == "DoRA":
-        norms = {layer: load_file(base)[f"{layer}.weight"].flatten(1).norm(dim=1, keepdim=True) for layer in names}
-        tensors |= {f"{layer}.dora_scale": 1.01 * norms[layer] for layer in names}
-    return write(path, tensors)
+        return tensors
+    norms = {f"{its}.dora_scale": 1.01 * old[f"{its}.weight"].flatten(1).norm(dim=1, keepdim=True) for its in SHAPES}
+    return lora_tensors(seed, scale) | (norms if kind == "DoRA" else {})
 
 
 def label(folder: Path, kind: str, base: Path) -> Path:
-    lines = ["file_name,label,name"]
-    for number, (name, size) in enumerate((name, size) for name in "abcd" for size in (1, 2, 3)):
-        tune(kind, folder / f"{name}{size}.safetensors", base, 1000 * number, size**-0.5)
-        lines.append(f"{name}{size}.safetensors,{size},{name}")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    return folder
+    seeds = {(name, size): 1000 * number for number, (name, size) in enumerate(itertools.product("abcd", (1, 2, 3)))}
+    return write_labelled(folder, seeds, tensors_of=lambda model: tuned(kind, base, seeds[model], model[1] ** -0.5))
 
 
 CALLED = {"full": "full fine-tune in float64", "LoRA": "LoRA", "LoHa": "LoHa of rank 2", "DoRA": "DoRA"}
@@ -404,8 +398,8 @@ CALLED = {"full": "full fine-tune in float64", "LoRA": "LoRA", "LoHa": "LoHa of 
 def test_another_method_is_said(case: str, base: Path, run: Run) -> None:
     labelled, asked, matrices = case.split(" ", 2)
     folder = label(base.with_name("labelled"), labelled, base)
-    same = tune(labelled, base.with_name("same.safetensors"), base, 77)
-    file = tune(asked, base.with_name("asked.safetensors"), base, 77)
+    same = write(base.with_name("same.safetensors"), tuned(labelled, base, 77))
+    file = write(base.with_name("asked.safetensors"), tuned(asked, base, 77))
     outcome = run("--dataset", folder, "--base", base, "--predict", same, file)
     assert outcome.code == 0, outcome.err
     one, other = (" ".join(map(str, its["notes"])) for its in outcome.report["estimates"])
@@ -418,10 +412,10 @@ def test_another_method_is_said(case: str, base: Path, run: Run) -> None:
 
 def test_what_needs_a_base_or_is_not_comparable_is_refused(base: Path, run: Run) -> None:
     full, loha = (label(base.with_name(kind), kind, base) for kind in ("full", "LoHa"))
-    file = tune("DoRA", base.with_name("dora.safetensors"), base, 77)
+    file = write(base.with_name("dora.safetensors"), tuned("DoRA", base, 77))
     assert run("--dataset", loha, "--predict", file).says("dora.safetensors", "DoRA", "--base")
     assert run("--dataset", loha, "--base", base, "--predict", file).code == 0
-    tune("LoRA", loha / "a1.safetensors", base, 77)
+    write(loha / "a1.safetensors", tuned("LoRA", base, 77))
     assert run("--dataset", loha, "--train_size=3").says("LoRA (a1.safetensors)", "LoHa of rank 2 (a2.safetensors)")
     assert run("--dataset", full).says("a1.safetensors", "--base")
     assert run("--predict", full / "a1.safetensors").says("a1.safetensors", "holds no LoRA", "--base")
@@ -434,7 +428,7 @@ def test_what_needs_a_base_or_is_not_comparable_is_refused(base: Path, run: Run)
 
 def test_the_base_itself_is_untrained_and_none_of_a_folder(base: Path) -> None:
     copy = Path(shutil.copy(base, base.with_name("copy.safetensors")))
-    full = tune("full", base.with_name("full.safetensors"), base, 77)
+    full = write(base.with_name("full.safetensors"), tuned("full", base, 77))
     link = base.with_name("link.safetensors")
     link.symlink_to(base)
     assert spectra(base, base).first == spectra(copy, base).first == [dsire.UNTRAINED]

@@ -61,14 +61,11 @@ def p_by_the_book(fitted: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
     return {size: (1 + sum(its)) / Fraction(len(its) + 1) for size, its in shares.items()}
 
 
-def a_size_in_one_micro_dataset() -> dsire.Spectra:
-    """While that one is left out, nobody votes for the size; another micro-dataset has each size twice."""
-    whole = made_up(5)
-    fitted = whole.of_models((whole.sizes < SIZES[-1]) | (whole.micro_datasets == 2))
-    return dsire.replace(fitted, names=[max(name, 1) for name in fitted.names])
-
-
-FITTED = [*map(made_up, (2, 3, 6, 9)), a_size_in_one_micro_dataset()]
+# one size in one micro-dataset, while which is left out nobody votes for it; another micro-dataset has each size twice
+WHOLE = made_up(5)
+UNEVEN = WHOLE.of_models((WHOLE.sizes < SIZES[-1]) | (WHOLE.micro_datasets == 2))
+UNEVEN = dsire.replace(UNEVEN, names=[max(name, 1) for name in UNEVEN.names])
+FITTED = [*map(made_up, (2, 3, 6, 9)), UNEVEN]
 
 
 @pytest.mark.parametrize("fitted", FITTED, ids=lambda its: f"{its.count} of {len(its.names)}")
