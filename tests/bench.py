@@ -3,10 +3,9 @@
     python tests/bench.py                    # makes its data in a temporary folder (6 GB), then deletes it
     python tests/bench.py --folder /data     # keeps the data there for the next run
 
-The data are random weights in the layout of LoRA-WiSE, SD 1.5's 128 pairs of matrices: only times and memory are
-measured on them, never an accuracy. What is read from the disk has just been written, or read once, so it is in the
-page cache. Whatever a user would start as a command is measured in a process of its own, after its imports; the times
-of things to compare are taken in turns, and the shortest one of each counts: what else runs on the machine only adds.
+The data are random weights in the layout of LoRA-WiSE, SD 1.5's 128 pairs of matrices, just written or read once, so
+they are in the page cache. Whatever a user would start as a command is measured in a process of its own, after its
+imports. Times to compare are taken in turns, and the shortest counts: what else runs on the machine only adds.
 """
 
 import argparse

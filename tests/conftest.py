@@ -116,15 +116,13 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.parquet"))
 
 
-def write_labelled(
-    folder: Path, models: Iterable[Model] = LABELLED, prefix: str = "", tensors_of: Callable[..., Any] = weights_of
-) -> Path:
+def write_labelled(folder: Path, models: Iterable[Model] = LABELLED, prefix: str = "", of: Any = weights_of) -> Path:
     """A file a10.safetensors for each model, with metadata.csv."""
     rows = ["file_name,label,name"]
     folder.mkdir()
     for name, size in models:
         file = f"{prefix}{name}{size}.safetensors"
-        save_file(tensors_of((name, size)), folder / file)
+        save_file(of((name, size)), folder / file)
         rows.append(f"{file},{size},{name}")
     (folder / "metadata.csv").write_text("\n".join(rows))
     return folder

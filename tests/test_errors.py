@@ -157,9 +157,7 @@ def test_a_fault_of_computing(error: Exception, run: Run, folder: Path, monkeypa
 
 
 @pytest.mark.parametrize("shapes", KINDS.values(), ids=KINDS)
-def test_a_fault_of_one_file(
-    shapes: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_one_file(shapes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"{LAYERS[0]}.{part}": torch.randn(shape) for part, shape in shapes.items()}
     save_file(tensors, tmp_path / "one.safetensors")
     save_file({key: 0.9 * tensor for key, tensor in tensors.items()}, tmp_path / "base.safetensors")

@@ -386,7 +386,7 @@ def tuned(kind: str, base: Path, seed: int, scale: float = 1) -> Tensors:
 
 def label(folder: Path, kind: str, base: Path) -> Path:
     seeds = {(name, size): 1000 * number for number, (name, size) in enumerate(itertools.product("abcd", (1, 2, 3)))}
-    return write_labelled(folder, seeds, tensors_of=lambda model: tuned(kind, base, seeds[model], model[1] ** -0.5))
+    return write_labelled(folder, seeds, of=lambda model: tuned(kind, base, seeds[model], model[1] ** -0.5))
 
 
 CALLED = {"full": "full fine-tune in float64", "LoRA": "LoRA", "LoHa": "LoHa of rank 2", "DoRA": "DoRA"}

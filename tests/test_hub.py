@@ -205,14 +205,12 @@ CARDS = {"some/tables": "configs:\n- config_name: a\n  data_files: x.csv\n", "so
         ("--predict=unknown/suspect.safetensors", ["unknown/suspect.safetensors: no such file or folder"]),
     ],
 )
-def test_what_is_not_there(
-    argument: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path, tmp_path: Path
-) -> None:
+def test_what_is_not_there(argument: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path) -> None:
     for name, card in CARDS.items():
-        hub.add(tmp_path / "hub" / name, name)
-        (tmp_path / "hub" / name).mkdir(parents=True)
-        (tmp_path / "hub" / name / "README.md").write_text(f"---\n{card}---\n")
-    (tmp_path / "pickles").mkdir()
-    (lora / "lora.bin").rename(tmp_path / "pickles" / "lora.bin")
-    hub.add(tmp_path / "pickles", "user/pickles", kind="model")
+        folder = hub.add(lora.with_name("hub") / name, name).folder
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(f"---\n{card}---\n")
+    pickles = hub.add(lora.with_name("pickles"), "user/pickles", kind="model").folder
+    pickles.mkdir()
+    (lora / "lora.bin").rename(pickles / "lora.bin")
     assert run(*SUBSET, argument).says(*parts)

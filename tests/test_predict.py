@@ -177,13 +177,11 @@ def changed(path: Path, factors: dict[str, float]) -> Path:
     return write(path, tensors)
 
 
-@pytest.mark.parametrize("micro_datasets", [1, 2, 20])
-def test_what_is_unlike_every_labelled_model_is_said_first(
-    tmp_path: Path, new: Path, run: Run, micro_datasets: int
-) -> None:
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_what_is_unlike_all_labelled_models_is_said_first(tmp_path: Path, new: Path, run: Run, count: int) -> None:
     """Of fewer than 19 no p-value can be 0.05, so none is needed of what is far beyond them."""
-    own = write_labelled(tmp_path / "own", models_of(micro_datasets, SIZES))
-    near = [("larger", {"": 30.0}), ("smaller", {"": 1 / 30})] if micro_datasets == 20 else []
+    own = write_labelled(tmp_path / "own", models_of(count, SIZES))
+    near = [("larger", {"": 30.0}), ("smaller", {"": 1 / 30})] if count == 20 else []
     cases = [*near, ("larger", {"": 1e6}), ("smaller", {"": 1e-6}), ("larger", {LAYERS[0]: 10.0})]
     files = [changed(tmp_path / f"{number}.safetensors", how) for number, (_, how) in enumerate(cases)]
     outcome = run("--dataset", own, "--predict", new, *files)

@@ -169,14 +169,12 @@ def test_a_shard_gives_a_and_b_in_the_order_of_its_columns_and_then_the_products
     np.testing.assert_allclose(found.values.numpy(), np.stack(expected), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("layers_in_memory", "expected"), [(0.9, 1), (3, 3), (3.9, 3), (100, 6)])
-def test_layers_at_once_fit_into_memory(
-    layers_in_memory: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A layer counts as two of the largest column: 18 models of 4 x 32 numbers of 8 bytes. There are six cores."""
+@pytest.mark.parametrize(("fit", "expected"), [(0.9, 1), (3, 3), (3.9, 3), (100, 6)])
+def test_layers_in_memory(fit: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once so many as fit; a layer counts as two of the largest column: 18 models of 4 x 32 numbers of 8 bytes."""
     table = table_of(models_of(3), layers=[f"unet.layer_{number}" for number in range(12)])
     (file,) = parquet_files(write_folder(tmp_path / "wise", [table]))
-    monkeypatch.setattr(dsire, "BYTES_AT_ONCE", int(layers_in_memory * 2 * 18 * 4 * 32 * 8))
+    monkeypatch.setattr(dsire, "BYTES_AT_ONCE", int(fit * 2 * 18 * 4 * 32 * 8))
     monkeypatch.setattr(dsire, "cores", lambda: 6)
     compute, together = dsire.pair_spectra, threading.Barrier(expected, timeout=20)
     under_way, counts = set(), []

@@ -121,13 +121,13 @@ def as_json(**said: Any) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({key.replace("__", "."): value for key, value in said.items()})}
 
 
+CALLED_ALPHA = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha", "unet.lora_alpha")
+
+
 @pytest.mark.parametrize(
     ("header", "scale"),
     [
-        *(
-            ({key: "3.0", "rank": "2", "ss_network_dim": "2"}, 1.5)
-            for key in ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha", "unet.lora_alpha")
-        ),
+        *(({key: "3.0", "rank": "2", "ss_network_dim": "2"}, 1.5) for key in CALLED_ALPHA),
         ({"lora_alpha": "3", "use_rslora": "True"}, 3 / 2**0.5),
         ({"alpha": "None", "rank": "2"}, None),
         *(({f"{other}.lora_alpha": "3"}, None) for other in ("text_encoder", "ema", "training", "modelspec")),
