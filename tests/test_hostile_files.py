@@ -25,13 +25,9 @@ def assert_sound(file: Path) -> None:
 
 
 # Pickles
-@pytest.mark.parametrize(
-    "content",
-    [[ones(2, 2)], ones(2, 2), 3, None, "text", {}, {"state_dict": {}}, {"state_dict": [ones(2, 2)]}],
-    ids=repr,
-)
-def test_a_pickle_of_something_else(content: Any, tmp_path: Path) -> None:
-    refusal(write(tmp_path / "lora.pt", content))
+def test_a_pickle_of_something_else(tmp_path: Path) -> None:
+    for content in ([ones(2, 2)], ones(2, 2), 3, None, "text", {}, {"state_dict": {}}, {"state_dict": [ones(2, 2)]}):
+        refusal(write(tmp_path / "lora.pt", content))
 
 
 @pytest.mark.parametrize("part", ["down", "up", "alpha", "mid"])

@@ -224,10 +224,7 @@ def test_a_predictor_of_ones_own(run: Run, folder: Path, monkeypatch: pytest.Mon
     assert "mine" in run(f"--dataset={folder}", "--compare", *QUICK).out
 
 
-DENIED = PermissionError(13, "Permission denied", "/a/place")
-
-
-@pytest.mark.parametrize("error", [DENIED, MemoryError(), RecursionError("too deep")], ids=repr)
+@pytest.mark.parametrize("error", [PermissionError(13, "no", "/a/place"), MemoryError(), RecursionError("too deep")])
 def test_an_error_of_the_machine(error: BaseException, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsire, "find_source", Mock(side_effect=error))
     assert run().says(str(error) or "MemoryError")

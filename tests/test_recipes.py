@@ -118,7 +118,6 @@ def test_told_and_right_are_counted_over_fits_without_each_micro_dataset(predict
         assert one.told == int((told == answer).sum())
         assert one.right == int(((told == answer) & (fitted.sizes == answer)).sum())
     good = dsire.how_good(fitted, predictor)
-    assert good is not None
     if predictor != "log-regression":
         assert good.accuracy == pytest.approx(100 * float((told == fitted.sizes).double().mean()))
 
@@ -178,7 +177,6 @@ def test_one_kind_of_matrix_alone_is_seen_and_named(matrix: str, factor: float) 
     wrong = dsire.replace(new, values=torch.where(rows[:, None, None], factor, 1) * new.values)
     for one in dsire.estimates(fitted, files_of(wrong), "log-ridge", 0.9):
         assert one.status == "not comparable"
-        assert one.recipe_p is not None
         assert one.recipe_p <= 0.05
         assert "not comparable" in one.first[0]
         if not 0.1 < factor < 10:
@@ -276,7 +274,6 @@ def test_recipes_and_sizes_of_one_model_each_do_not_make_all_answers_the_same() 
     parts = [dsire.replace(part, names=[number] * len(SIZES)) for number, part in enumerate(parts)]
     new = made_up(4, seed=99, factor=1.1**3)
     answers = dsire.fitted_ridge(together(*parts), new)[0].answers
-    assert answers is not None
     of_size = [float(answers[new.sizes == size].log().mean()) for size in SIZES]
     assert of_size[0] + 0.5 < of_size[1] < of_size[2] - 0.5
 

@@ -21,6 +21,7 @@ import dsire
 A, B = torch.randn(2, 6, generator=torch.Generator().manual_seed(1)), torch.arange(10.0).view(5, 2) - 3
 DOWN = "lora_unet_x.lora_down.weight"
 UNSTATED = "alpha is not stated"
+CALLED_ALPHA = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha", "unet.lora_alpha")
 LARGEST = float(np.linalg.svd((B.double() @ A.double()).numpy(), compute_uv=False)[0])  # of the full matrix
 
 
@@ -119,9 +120,6 @@ def test_what_has_lora_in_its_keys_is_named(content: Any, said: str, tmp_path: P
 # What states alpha
 def as_json(**said: Any) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({key.replace("__", "."): value for key, value in said.items()})}
-
-
-CALLED_ALPHA = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha", "unet.lora_alpha")
 
 
 @pytest.mark.parametrize(
