@@ -3,13 +3,10 @@
     python tests/bench.py                    # makes its data in a temporary folder (6 GB), then deletes it
     python tests/bench.py --folder /data     # keeps the data there for the next run
 
-The data are random weights in the layout of LoRA-WiSE, SD 1.5's 128 pairs of matrices: only times and memory are
-measured on them, never an accuracy. What is read from the disk has just been written, or read once, so it is in the
-page cache. Whatever a user would start as a command is measured in a process of its own, after its imports; the times
-of things to compare are taken in turns, and the shortest one of each counts: what else runs on the machine only adds.
+The data are random weights in the layout of LoRA-WiSE, SD 1.5's 128 pairs of matrices, just written or read once, so
+they are in the page cache. Whatever a user would start as a command is measured in a process of its own, after its
+imports. Times to compare are taken in turns, and the shortest counts: what else runs on the machine only adds.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -21,8 +18,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -35,15 +34,6 @@ sys.path.insert(0, str(ROOT))
 import dsire  # noqa: E402
 
 TURNS = 5
-RUN_COMMAND = """
-import resource, sys
-sys.path.insert(0, {root!r}); sys.argv = ["dsire.py"] + {arguments!r}
-import dsire
-dsire.cores = (lambda: {cores}) if {cores} else dsire.cores
-code = dsire.main()
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
-sys.exit(code)
-"""
 
 
 def make(folder: Path, rank: int, models: int, shards: int) -> Path:
@@ -62,16 +52,18 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def fastest(*functions: Callable[[], object], turns: int = TURNS) -> list[float]:
+def peak_memory() -> float:
+    """The peak resident memory of this process in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def fastest(*what: Any, measure: Callable[..., float] = seconds, turns: int = TURNS) -> list[float]:
     """The shortest time of each in seconds; they take turns."""
-    times = [[seconds(function) for function in functions] for _ in range(turns)]
+    times = [[measure(its) for its in what] for _ in range(turns)]
     return [min(its) for its in zip(*times, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is measured in a process of its own: a function of a subset and its rank
-
-
 def read_table(subset: Path, rank: int) -> None:
     """The floor: each table is read, and dropped before the next one."""
     for path in sorted(subset.rglob("*.parquet")):
@@ -86,10 +78,7 @@ def spectra(subset: Path, rank: int) -> None:
 
 
 def plain_flow(subset: Path, rank: int) -> None:
-    """The steps of a script without care for speed: the whole table in pandas, one matrix at a time, svd_lowrank.
-
-    In float32, which is four times as fast here as the float64 of the columns.
-    """
+    """A script without care for speed: pandas, a matrix at a time, svd_lowrank; float32 is four times as fast here."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:
@@ -103,31 +92,31 @@ def plain_flow(subset: Path, rank: int) -> None:
                 torch.svd_lowrank(matrix, q=rank)
 
 
-ALONE = {"read_table": read_table, "spectra": spectra, "plain_flow": plain_flow}
+def command(subset: Path, rank: int, cores: int = 0) -> None:
+    """The whole command; as if the machine had so many cores, unless 0."""
+    dsire.cores = (lambda: cores) if cores else dsire.cores
+    with tempfile.TemporaryDirectory() as cache:
+        sys.argv = ["dsire.py", "--dataset", str(subset), "--cache_dir", cache, "--train_size=1", "--experiments=1"]
+        assert dsire.main() == 0
+
+
+ALONE = {function.__name__: function for function in (read_table, spectra, plain_flow, command)}
+ALONE["64 cores"] = partial(command, cores=64)
+
+
+def alone(name: str, subset: Path, rank: int) -> tuple[float, float]:
+    """The seconds that one of ALONE takes in a new process, and its peak memory."""
+    line = [sys.executable, __file__, "--alone", name, str(subset), str(rank)]
+    *_, last = subprocess.check_output(line, stderr=subprocess.DEVNULL, text=True).splitlines()
+    took, peak = map(float, last.split())
+    return took, peak
 
 
 def in_turns(names: list[str], subset: Path, rank: int, turns: int = TURNS) -> list[float]:
-    """The shortest time of each of ALONE in seconds, each time in a new process."""
-    times = []
-    for _ in range(turns):
-        commands = [[sys.executable, __file__, "--alone", name, str(subset), str(rank)] for name in names]
-        times.append([float(subprocess.check_output(its, stderr=subprocess.DEVNULL)) for its in commands])
-    return [min(its) for its in zip(*times, strict=True)]
+    return fastest(*names, measure=lambda name: alone(name, subset, rank)[0], turns=turns)
 
 
-def peak_memory(subset: Path, cores: int = 0) -> float:
-    """The peak resident memory of the whole command, in GB; as if the machine had so many cores, unless 0."""
-    with tempfile.TemporaryDirectory() as cache:
-        arguments = ["--dataset", str(subset), "--cache_dir", cache, "--train_size", "1", "--experiments", "1"]
-        script = RUN_COMMAND.format(root=str(ROOT), arguments=arguments, cores=cores)
-        done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    return int(done.stderr.rsplit("peak ", 1)[1]) / 1e6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The evaluation, on spectra in memory
-
-
 def random_spectra(models: int, rank: int, voters: int = 384, seed: int = 0) -> dsire.Spectra:
     """Sorted positive numbers that shrink with the size: not spectra of anything, but of their shape."""
     draw = torch.Generator().manual_seed(seed)
@@ -159,13 +148,10 @@ def big_evaluation() -> None:
     """10,000 models by 384 voters, one experiment, in this process: printed are seconds and peak memory."""
     spectra = random_spectra(10_002, 32)
     took = seconds(lambda: evaluate(spectra, dsire.Protocol(experiments=1, train_size=500)))
-    print(f"{took:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    print(f"{took:.0f} s, {peak_memory():.1f} GB")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The table
-
-
 def row(what: str, value: str, goal: str) -> None:
     print(f"| {what} | {value} | {goal} |", flush=True)
 
@@ -188,9 +174,9 @@ def bench_spectra(folder: Path) -> None:
     growth += f" = 1 : {times[1] / times[0]:.2f} : {times[2] / times[0]:.2f}"
     row("spectra of 12, 24, 48 models of rank 16", growth, "linear")
     for models, count in ((24, 2), (96, 8)):
-        peak = peak_memory(make(folder, 16, models, count))
+        _, peak = alone("command", make(folder, 16, models, count), 16)
         row(f"peak memory of the whole command, {count} shards of 300 MB", f"{peak:.2f} GB", "≤ 1.2 GB")
-    peak = peak_memory(make(folder, 32, 48, 2), cores=64)
+    _, peak = alone("64 cores", make(folder, 32, 48, 2), 32)
     row("peak memory with 64 threads, 2 shards of 24 models of rank 32", f"{peak:.2f} GB", "≤ 1.2 GB")
 
 
@@ -204,8 +190,7 @@ def bench_evaluation() -> None:
     ratio_row("the same with a `KNeighborsClassifier` per voter / ours", plain, ours, "≥ 10")
     equal = sum(x == y for one, other in zip(found, expected, strict=True) for x, y in zip(one, other, strict=True))
     row("predictions equal to those", f"{equal} of {sum(map(len, expected))}", "all")
-    script = [sys.executable, __file__, "--big_evaluation"]
-    big = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    big = subprocess.check_output([sys.executable, __file__, "--big_evaluation"], text=True).strip()
     row("one experiment, 3,000 models against 7,002 × 384 voters × rank 32", big, "≤ 4 GB")
     file = random_spectra(6, 32, seed=1).of_models(torch.tensor([0]))
     (took,) = fastest(lambda: dsire.estimates(spectra, [file], "log-ridge", 0.9))
@@ -242,9 +227,8 @@ def bench_start() -> None:
 
 
 def bench(folder: Path) -> None:
-    libraries = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "numpy", "pyarrow", "datasets", "scikit-learn")
-    )
+    names = ("torch", "numpy", "pyarrow", "datasets", "scikit-learn")
+    libraries = ", ".join(f"{name} {version(name)}" for name in names)
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {libraries}\n")
     row("measured", "value", "goal")
     row("---", "---", "---")
@@ -257,12 +241,12 @@ def bench(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the data is made and kept (default: a temporary folder)")
-    parser.add_argument("--alone", nargs=3, metavar=("WHAT", "SUBSET", "RANK"), help="print the seconds of one thing")
+    parser.add_argument("--alone", nargs=3, metavar=("WHAT", "SUBSET", "RANK"), help="print one thing's seconds and GB")
     parser.add_argument("--big_evaluation", action="store_true", help="only the evaluation of 10,000 models")
     arguments = parser.parse_args()
     if arguments.alone:
         what, subset, rank = arguments.alone
-        print(seconds(lambda: ALONE[what](Path(subset), int(rank))))
+        print(seconds(lambda: ALONE[what](Path(subset), int(rank))), peak_memory())
     elif arguments.big_evaluation:
         big_evaluation()
     else:

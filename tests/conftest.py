@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +52,10 @@ RANK = 4
 BOMB = "a0: &a0 [x,x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
 
 
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def models_of(micro_datasets: int, sizes: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> list[Model]:
     """Every micro-dataset at every size, in an order that is no order."""
     models = [(f"thing_{number:02d}", size) for number in range(micro_datasets) for size in sizes]
@@ -59,15 +63,15 @@ def models_of(micro_datasets: int, sizes: Sequence[int] = (1, 2, 3, 4, 5, 6)) ->
     return models
 
 
-def weights_of(model: Model, rank: int = RANK, layers: Sequence[str] = LAYERS) -> dict[str, np.ndarray]:
+def weights_of(model: Model, rank: int = RANK, layers: Sequence[str] = LAYERS) -> dict[str, torch.Tensor]:
     """Column -> matrix, float32 precise: noise that is the model's own, on a scale that shrinks with its size."""
     draw = np.random.default_rng(list(repr(model).encode()))
     scale = float(model[1]) ** -0.2
     weights = {}
     for number, layer in enumerate(layers):
         down, up = (rank, 16 + 8 * (number % 3)), (24 + 8 * (number % 2), rank)
-        weights[f"{layer}.lora.down.weight"] = np.float32(scale * draw.normal(size=down))
-        weights[f"{layer}.lora.up.weight"] = np.float32(scale * draw.normal(size=up))
+        weights[f"{layer}.lora.down.weight"] = torch.from_numpy(scale * draw.normal(size=down)).float()
+        weights[f"{layer}.lora.up.weight"] = torch.from_numpy(scale * draw.normal(size=up)).float()
     return weights
 
 
@@ -76,7 +80,7 @@ def table_of(models: Sequence[Model], number: pa.DataType | None = None, **optio
     rows = [weights_of(model, **options) for model in models]
     columns = {"label": pa.array([size for _, size in models]), "name": pa.array([name for name, _ in models])}
     for column in rows[0]:
-        values = [np.float64(row[column]).ravel() for row in rows]
+        values = [row[column].double().flatten().numpy() for row in rows]
         columns[column] = pa.array(values, pa.list_(number or pa.float64()))
     return pa.table(columns)
 
@@ -88,9 +92,9 @@ def change(table: pa.Table, column: str, row: int, edit: Callable[[list[float]],
     return table.set_column(table.column_names.index(column), column, pa.array(values, pa.list_(pa.float64())))
 
 
-def write_folder(folder: Path, shards: Sequence[pa.Table], subset: str = "low_4", **options: Any) -> Path:
-    """A folder in LoRA-WiSE's layout: README.md with `configs`, and a file for each shard."""
-    path = subset.replace("_", "/", 1)
+def write_folder(folder: Path, shards: Sequence[Any], subset: str = "low_4", **options: Any) -> Path:
+    """A folder in LoRA-WiSE's layout: README.md with `configs`, and a file for each shard: a table, or its models."""
+    path, shards = subset.replace("_", "/", 1), [its if isinstance(its, pa.Table) else table_of(its) for its in shards]
     (folder / path).mkdir(parents=True)
     for number, shard in enumerate(shards):
         pq.write_table(shard, folder / path / f"train-{number:05d}-of-{len(shards):05d}.parquet", **options)
@@ -105,21 +109,21 @@ def write_folder(folder: Path, shards: Sequence[pa.Table], subset: str = "low_4"
 def write_three(folder: Path) -> Path:
     """20 micro-datasets of 6 sizes in three shards, made by a formula."""
     models = models_of(20)
-    return write_folder(folder, [table_of(models[start : start + 40]) for start in (0, 40, 80)])
+    return write_folder(folder, [models[start : start + 40] for start in (0, 40, 80)])
 
 
 def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.parquet"))
 
 
-def write_labelled(folder: Path, models: Iterable[Model] = LABELLED) -> Path:
-    """A LoRA file a10.safetensors for each model, with metadata.csv."""
+def write_labelled(folder: Path, models: Iterable[Model] = LABELLED, prefix: str = "", of: Any = weights_of) -> Path:
+    """A file a10.safetensors for each model, with metadata.csv."""
     rows = ["file_name,label,name"]
     folder.mkdir()
     for name, size in models:
-        weights = {key: torch.from_numpy(matrix) for key, matrix in weights_of((name, size)).items()}
-        save_file(weights, folder / f"{name}{size}.safetensors")
-        rows.append(f"{name}{size}.safetensors,{size},{name}")
+        file = f"{prefix}{name}{size}.safetensors"
+        save_file(of((name, size)), folder / file)
+        rows.append(f"{file},{size},{name}")
     (folder / "metadata.csv").write_text("\n".join(rows))
     return folder
 
@@ -136,8 +140,12 @@ def shipped(tiny_wise: Path) -> dsire.Spectra:
     return dsire.join([dsire.shard_spectra(file, RANK) for file in files], [str(file) for file in files])
 
 
-def split_of(train: Iterable[int], test: Iterable[int]) -> dsire.Split:
-    return dsire.Split(*(torch.tensor(list(models), dtype=torch.int64) for models in (train, test)))
+def spectra_of(values: torch.Tensor, sizes: Any = None, names: Any = None) -> dsire.Spectra:
+    """Values [voters, models, r] as spectra of A, B and BA of layers, and of models that may be any."""
+    models = values.shape[1]
+    voters = [dsire.Voter(f"layer_{row // 3}", dsire.MATRICES[row % 3]) for row in range(len(values))]
+    sizes, shapes = torch.as_tensor(sizes or [1] * models), {voter.layer: [4, 4, values.shape[2]] for voter in voters}
+    return dsire.Spectra(values.double(), sizes, list(names or range(models)), voters, shapes)
 
 
 @pytest.fixture
@@ -239,13 +247,10 @@ def fetched(hub: HubStandIn) -> list[str]:
 
 
 # The whole method once more, by the book: full products, scikit-learn, Counter
-@dataclass
-class Reference:
-    """An experiment by the book: the votes [voters, test models] and what comes of them, by test model."""
+class Reference(NamedTuple):
+    """An experiment by the book: the test models, and for each what most voters say and their share."""
 
-    train: list[int]
     test: list[int]
-    votes: np.ndarray
     predicted: list[int]
     shares: list[float]
 
@@ -254,18 +259,14 @@ def reference_spectra(files: Sequence[Path], rank: int) -> tuple[list[Model], li
     """The models, and for each voter its spectra [models, rank]: A and B in the columns' order, then the products."""
     table = pa.concat_tables([pq.read_table(file) for file in files])
     models = list(zip(table.column("name").to_pylist(), table.column("label").to_pylist(), strict=True))
-    matrices = {
-        column: torch.tensor(np.stack(table.column(column).to_numpy()))
-        for column in table.column_names
-        if column.endswith((".lora.down.weight", ".lora.up.weight"))
-    }
-    downs = {column: flat.view(len(models), rank, -1) for column, flat in matrices.items() if ".down.weight" in column}
-    ups = {column: flat.view(len(models), -1, rank) for column, flat in matrices.items() if ".up.weight" in column}
-    factors = downs | ups
-    layers = list(dict.fromkeys(column.rsplit(".lora.", 1)[0] for column in matrices))
-    products = [ups[f"{layer}.lora.up.weight"] @ downs[f"{layer}.lora.down.weight"] for layer in layers]
-    full = [*(factors[column] for column in matrices), *products]
-    return models, [torch.linalg.svdvals(matrix)[:, :rank].numpy() for matrix in full]
+    factors = {}
+    for column in table.column_names:
+        if ".lora." in column:
+            flat = torch.tensor(np.stack(table.column(column).to_numpy()))
+            factors[column] = flat.view(len(models), *((rank, -1) if ".down." in column else (-1, rank)))
+    layers = dict.fromkeys(column.rsplit(".lora.", 1)[0] for column in factors)
+    products = [factors[f"{layer}.lora.up.weight"] @ factors[f"{layer}.lora.down.weight"] for layer in layers]
+    return models, [torch.linalg.svdvals(matrix)[:, :rank].numpy() for matrix in (*factors.values(), *products)]
 
 
 def reference_experiments(models: list[Model], voters: list[np.ndarray], experiments: int = 10) -> list[Reference]:
@@ -282,7 +283,7 @@ def reference_experiments(models: list[Model], voters: list[np.ndarray], experim
         votes = np.stack([KNeighborsClassifier(1).fit(x[train], sizes[train]).predict(x[test]) for x in voters])
         winners = [Counter(ballots.tolist()).most_common(1)[0] for ballots in votes.T]
         shares = [count / len(voters) for _, count in winners]
-        results.append(Reference(train, test, votes, [size for size, _ in winners], shares))
+        results.append(Reference(test, [size for size, _ in winners], shares))
     return results
 
 
@@ -299,10 +300,7 @@ def shipped_by_the_book(tiny_wise: Path) -> Book:
     return by_the_book(tiny_wise / "low" / "4")
 
 
-Row = tuple[int, str, int, int, float]  # experiment, name, size, predicted and vote_share
-
-
-def rows_of(predictions: str) -> list[Row]:
+def rows_of(predictions: str) -> list[tuple[int, str, int, int, float]]:
     header, *rows = csv.reader(io.StringIO(predictions))
     assert header == ["experiment", "name", "size", "predicted", "vote_share"]
     return [(int(run), name, int(size), int(guess), float(share)) for run, name, size, guess, share in rows]

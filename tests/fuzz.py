@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from conftest import models_of, table_of
-from lora_writers import LAYOUTS, by_hand, within
+from lora_writers import LAYOUTS, by_hand, keys_of, within
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -73,10 +73,7 @@ def what_is_wrong(found: dsire.Spectra, book: Book) -> str:
 
 
 def outcome_of(read: Callable[[], dsire.Spectra], book: Book | None, changed: bool = False) -> str:
-    """Read a mutant: "right", "refused", or else what went wrong.
-
-    Without a book it must be refused; with one it must be right, or, if it was changed, may be refused all the same.
-    """
+    """Read a mutant: "right"; "refused", as without a book it must be, and if changed it may be; or what went wrong."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -180,7 +177,7 @@ def book_of_tensors(tensors: dict[str, Any], layout: str) -> Book | None:
     # the name of an adapter may be any
     tensors = {re.sub(r"(lora_[AB])\.[^.]+\.weight", r"\1.default.weight", key): tensors[key] for key in tensors}
     for path in PATHS:
-        a, b, alpha = (tensors.get(key or "") for key in LAYOUTS[layout](path))
+        a, b, alpha = (tensors.get(key or "") for key in keys_of(layout, path))
         if a is None or b is None:
             continue
         sound = all(isinstance(x, Tensor) and x.ndim >= 2 and x.is_floating_point() and x.numel() for x in (a, b))

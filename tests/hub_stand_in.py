@@ -265,8 +265,7 @@ class HubStandIn:
         self._thread.join()
         self._server.server_close()
 
-    def __enter__(self) -> HubStandIn:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *_: object) -> None:
         self.stop()

@@ -3,9 +3,8 @@
 import json
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,18 +12,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import Model, weights_of
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from make_tiny_wise import new_unet
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import dsire
-
-torch.set_num_threads(1)  # matrices this small are slower in several threads, many times so on a busy machine
 
 
 class Net(nn.Module):
@@ -38,70 +30,30 @@ class Net(nn.Module):
 
 
 Lora = dict[str, tuple[Tensor, Tensor]]  # path of a layer, with dots -> A [r, in], B [out, r]
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
-
-def unet_with_lora(**options: Any) -> UNet2DConditionModel:
-    """A UNet with a random LoRA of rank 4, neither A nor B zero."""
-    torch.manual_seed(0)
-    unet = new_unet()
-    unet.add_adapter(LoraConfig(**{"r": 4, "target_modules": TARGETS, "init_lora_weights": False, **options}))
-    return unet
-
-
-def lora_layers(network: torch.nn.Module) -> dict[str, LoraLayer]:
-    return {path: layer for path, layer in network.named_modules() if isinstance(layer, LoraLayer)}
-
-
-def lora_of(network: torch.nn.Module) -> Lora:
-    pairs = {path: (layer.lora_A, layer.lora_B) for path, layer in lora_layers(network).items()}
-    return {path: (a["default"].weight.detach(), b["default"].weight.detach()) for path, (a, b) in pairs.items()}
-
-
-# Files of the libraries that write them
-def by_diffusers(unet: UNet2DConditionModel, folder: Path) -> Path:
-    unet.save_lora_adapter(folder)
-    return folder / "pytorch_lora_weights.safetensors"
-
-
-def by_a_pipeline(unet: UNet2DConditionModel, folder: Path) -> Path:
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-    )
-    return folder / "pytorch_lora_weights.safetensors"
-
-
-LIBRARIES: dict[str, Callable[[UNet2DConditionModel, Path], Path]] = {
-    "diffusers": by_diffusers,
-    "pipeline": by_a_pipeline,
-}
-
-
-# The same by hand: the keys of A, of B, and of alpha where the layout has one
-def keys_of(a: str, b: str, alpha: str, layer: str) -> tuple[str, str, str]:
-    attention, _, part = layer.removesuffix(".0").rpartition(".")
-    names = {"layer": layer, "flat": layer.replace(".", "_"), "attention": attention, "part": part}
-    return a.format(**names), b.format(**names), alpha.format(**names)
-
-
+# The keys of A, of B, and of alpha where the layout has one
 WISE, OLD, NEW = "unet.{layer}.lora", "unet.{attention}.processor.{part}_lora", "unet.{layer}"
 PEFT, KOHYA = "base_model.model.{layer}", "lora_unet_{flat}"
-LAYOUTS: dict[str, Callable[[str], tuple[str, str, str]]] = {
-    "LoRA-WiSE": partial(keys_of, f"{WISE}.down.weight", f"{WISE}.up.weight", ""),
-    "attention processors": partial(keys_of, f"{OLD}.down.weight", f"{OLD}.up.weight", ""),
-    "diffusers with alpha": partial(keys_of, f"{NEW}.lora_A.weight", f"{NEW}.lora_B.weight", f"{NEW}.alpha"),
-    "adapter name": partial(keys_of, f"{PEFT}.lora_A.default.weight", f"{PEFT}.lora_B.default.weight", ""),
-    "kohya": partial(keys_of, f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight", f"{KOHYA}.alpha"),
+LAYOUTS = {
+    "LoRA-WiSE": (f"{WISE}.down.weight", f"{WISE}.up.weight", ""),
+    "attention processors": (f"{OLD}.down.weight", f"{OLD}.up.weight", ""),
+    "diffusers with alpha": (f"{NEW}.lora_A.weight", f"{NEW}.lora_B.weight", f"{NEW}.alpha"),
+    "adapter name": (f"{PEFT}.lora_A.default.weight", f"{PEFT}.lora_B.default.weight", ""),
+    "kohya": (f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight", f"{KOHYA}.alpha"),
 }
+
+
+def keys_of(layout: str, layer: str) -> list[str]:
+    attention, _, part = layer.removesuffix(".0").rpartition(".")
+    names = {"layer": layer, "flat": layer.replace(".", "_"), "attention": attention, "part": part}
+    return [key.format(**names) for key in LAYOUTS[layout]]
 
 
 def by_hand(layout: str, lora: Lora, alpha: float) -> dict[str, Tensor]:
     """Key -> tensor; the layouts that carry alpha get it."""
     tensors = {}
     for layer, (a, b) in lora.items():
-        tensors |= dict(zip(LAYOUTS[layout](layer), (a, b, torch.tensor(float(alpha))), strict=True))
+        tensors |= dict(zip(keys_of(layout, layer), (a, b, torch.tensor(float(alpha))), strict=True))
     return {key: tensor for key, tensor in tensors.items() if key}
 
 
@@ -135,26 +87,19 @@ def adapter(folder: Path, config: Any = None, **changes: Any) -> Path:
 
 def write_model(path: Path, model: Model, header: dict[str, str] | None = None, **options: Any) -> Path:
     """The made-up model of a name and a size, in LoRA-WiSE's layout."""
-    tensors = {key: torch.from_numpy(matrix) for key, matrix in weights_of(model, **options).items()}
-    return write(path, tensors, header)
+    return write(path, weights_of(model, **options), header)
 
 
-def spectra_by_the_book(lora: Lora, scale: float) -> dict[dsire.Voter, Tensor]:
-    """Of the full matrices."""
-    found = {}
+def assert_spectra(found: dsire.Spectra, lora: Lora, scale: float = 1) -> None:
+    """Those of the full matrices, and no others; those of lower ranks end in zeros."""
+    expected = {}
     for layer, (a, b) in lora.items():
         a, b = a.double().flatten(1), b.double().flatten(1)
         for matrix, full in (("A", a), ("B", b), ("BA", scale * b @ a)):
-            found[dsire.Voter(layer.replace(".", "_"), matrix)] = torch.linalg.svdvals(full)[: len(a)]
-    return found
-
-
-def assert_spectra(found: dsire.Spectra, expected: dict[dsire.Voter, Tensor]) -> None:
-    """The same voters, and the same spectra; those of lower ranks end in zeros."""
-    assert set(found.voters) == set(expected)
-    assert len(found.voters) == len(expected)
+            expected[layer.replace(".", "_"), matrix] = torch.linalg.svdvals(full)[: len(a)]
+    assert sorted(found.voters) == sorted(expected)
     for voter, values in zip(found.voters, found.values[:, 0], strict=True):
-        wanted = torch.nn.functional.pad(expected[voter], (0, len(values) - len(expected[voter])))
+        wanted = dsire.of_rank(expected[voter], len(values))
         assert torch.allclose(values, wanted, rtol=0, atol=1e-9 * float(wanted[0])), voter
 
 
@@ -175,15 +120,12 @@ def assert_changes(found: dsire.Spectra, expected: dict[str, Tensor], digits: fl
         assert found.shapes[layer][:2] == list(expected[layer].flatten(1).shape)
 
 
-def refusal(file: Path, *parts: str, base: dsire.Weights | None = None, seconds: float = 20) -> str:
-    """What is said of a file that is refused: in time, without a warning, in one line of some length with these parts.
-
-    It does not name the file: whoever asks knows what it is called.
-    """
+def refusal(file: Path, *parts: str, base: Path | None = None, seconds: float = 20) -> str:
+    """What is said of a file that is refused: in time, without a warning, in one line with these parts, but no name."""
     with within(seconds), warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(dsire.DsireError) as error:
-            dsire.file_spectra(file, base)
+            dsire.file_spectra(file, base and dsire.open_base(str(base)))
     message = str(error.value)
     assert not message.startswith((str(file), file.name))
     assert "\n" not in dsire.shown(error.value)

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SIZES = (1, 2, 3, 4, 5, 6)
 BLOCKS = {  # path in SD 1.5's UNet -> (attentions, width)
     "down_blocks.0": (2, 320),
     "down_blocks.1": (2, 640),
@@ -55,8 +54,8 @@ def main() -> None:
     folder.mkdir(parents=True)
     for number in range(its.shards):
         models = np.arange(number * its.models // its.shards, (number + 1) * its.models // its.shards)
-        sizes = np.array(SIZES)[models % len(SIZES)]
-        columns = {"label": pa.array(sizes), "name": pa.array(models // len(SIZES))}
+        sizes = models % 6 + 1
+        columns = {"label": pa.array(sizes), "name": pa.array(models // 6)}
         for layer, outputs, inputs in LAYERS:
             columns[f"{layer}.lora.down.weight"] = noise(draw, sizes, its.rank * inputs)
             columns[f"{layer}.lora.up.weight"] = noise(draw, sizes, outputs * its.rank)

@@ -13,9 +13,9 @@ those of `medium_4` has seen its images.
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,8 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """What may differ between fine-tunes; the rest is the same for all."""
 
     steps: int = 60
@@ -48,11 +47,13 @@ RANK = 4
 LOHA_RANK = 2
 FEW = [1, 2, 3, 4, 5, 6]
 SIZES = {"low_4": FEW, "medium_4": [1, 10, 20, 30, 40, 50], "recipes_4": FEW, "full": FEW, "loha": FEW}
-NUMBERS = {"low_4": (0, 40), "medium_4": (0, 20), "recipes_4": (60, 70), "full": (80, 100), "loha": (80, 88)}
-MICRO_DATASETS = {subset: range(*ends) for subset, ends in NUMBERS.items()}  # of numbered hands
-NUMBERS = {"low_4": (40, 60), "medium_4": (0, 10), "recipes_4": (72, 80), "full": (100, 108), "loha": (100, 108)}
-PILOT_MICRO_DATASETS = {subset: range(*ends) for subset, ends in NUMBERS.items()}
-SECOND_PILOT = (range(108, 118), 2)  # of recipes_4: micro-datasets, and the seed of fine-tunes
+NUMBERS = {  # of the hands: for what ships, and for its pilot
+    "low_4": (range(40), range(40, 60)),
+    "medium_4": (range(20), range(10)),
+    "recipes_4": (range(60, 70), range(72, 80), range(108, 118)),
+    "full": (range(80, 100), range(100, 108)),
+    "loha": (range(80, 88), range(100, 108)),
+}
 BASE_IMAGES, FINE_TUNE_IMAGES = 74, 100  # of each digit, for the base model and then for fine-tunes
 BASE_STEPS, BASE_BATCH, BASE_LEARNING_RATE = 4000, 64, 1e-3
 TOKENS, WIDTH = 4, 32  # the condition of a digit: learned tokens (from one alone, attn2's to_q and to_k learn nothing)
@@ -77,10 +78,11 @@ WEIGHT_DECAY = 1e-2
 DRAWS = 8  # of noise for each image of a step: 64 numbers, not the 16,384 of a latent, would leave a gradient noisy
 SEED = 0
 AT_ONCE = 8  # fine-tunes in one process
-PILOT_SEED = {"low_4": SEED, "medium_4": SEED, "recipes_4": 1, "full": 1, "loha": 1}  # of fine-tunes
+SEEDS = {"low_4": (0, 0), "medium_4": (0, 0), "recipes_4": (0, 1, 2), "full": (0, 1), "loha": (0, 1)}  # of fine-tunes
 SHARD_MODELS = {"low_4": 48, "medium_4": 30, "recipes_4": 84}
-PRECISION = {"low_4": torch.float32, "medium_4": torch.float32, "recipes_4": torch.float16}  # half of it, half the file
+PRECISION = {"recipes_4": torch.float16}  # half of float32, half the file
 SCHEDULE = DDPMScheduler()
+SHIPPED = Path(__file__).resolve().parent / "tiny_wise"
 
 
 def images_of_each_digit() -> list[Tensor]:
@@ -96,18 +98,17 @@ def micro_datasets(subset: str, pilot: int) -> dict[str | int, tuple[Tensor, Ten
     Images are dealt, none twice, the ten digits in a new random order for every micro-dataset: the images of a small
     one show different digits, those of a large one show all of them equally often.
     """
-    numbers = SECOND_PILOT[0] if pilot == 2 else (PILOT_MICRO_DATASETS if pilot else MICRO_DATASETS)[subset]
     pool = [images[BASE_IMAGES : BASE_IMAGES + FINE_TUNE_IMAGES] for images in images_of_each_digit()]
     if pilot and subset == "medium_4":  # shipped models take every image of the pool, which leaves the base model's
         pool = [images[:BASE_IMAGES] for images in images_of_each_digit()]
     piles = [iter(images) for images in pool]
     random = np.random.default_rng(SEED)
     found: dict[str | int, tuple[Tensor, Tensor]] = {}
-    for number in range(numbers.stop):
+    for number in range(NUMBERS[subset][pilot].stop):
         digits = np.resize(random.permutation(10), max(SIZES[subset]))
         name = number if subset == "medium_4" else f"hand_{number:02d}"  # numbers and strings, as in LoRA-WiSE
         found[name] = torch.stack([next(piles[digit]) for digit in digits]), torch.from_numpy(digits)
-    return dict(list(found.items())[numbers.start :])
+    return dict(list(found.items())[NUMBERS[subset][pilot].start :])
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -125,12 +126,6 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def draw_noise(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise for `count` images, and a time step for each."""
-    noise = torch.randn(count, 1, 8, 8, generator=generator)
-    return noise, torch.randint(SCHEDULE.config.num_train_timesteps, (count,), generator=generator)
-
-
 def draw_noise_evenly(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noise for one image `count` times over, with a time step from each of `count` equal parts of the schedule."""
     noise = torch.randn(count, 1, 8, 8, generator=generator)
@@ -144,10 +139,11 @@ def image_losses(unet: UNet2DConditionModel, images: Tensor, condition: Tensor, 
     return (predicted - noise).square().mean(dim=(1, 2, 3))
 
 
-def train_base(path: Path) -> None:
+def base_model(work: Path) -> Path:
     """The base model, trained on the first images of every digit, and its condition: one safetensors file."""
+    path = work / "base.safetensors"
     if path.exists():
-        return
+        return path
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     images = torch.cat([images[:BASE_IMAGES] for images in images_of_each_digit()])
@@ -159,7 +155,8 @@ def train_base(path: Path) -> None:
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BASE_STEPS)
     for _ in tqdm(range(BASE_STEPS), desc="base model", mininterval=10):
         rows = torch.randint(len(images), (BASE_BATCH,), generator=generator)
-        noise, times = draw_noise(BASE_BATCH, generator)
+        noise = torch.randn(BASE_BATCH, 1, 8, 8, generator=generator)
+        times = torch.randint(SCHEDULE.config.num_train_timesteps, (BASE_BATCH,), generator=generator)
         loss = image_losses(unet, images[rows], condition[digits[rows]], noise, times).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -167,6 +164,7 @@ def train_base(path: Path) -> None:
         decay.step()
     weights = {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
     save_whole(weights | {"condition": condition.detach()}, path)
+    return path
 
 
 def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
@@ -196,11 +194,6 @@ def adapted_layers(unet: UNet2DConditionModel) -> list[str]:
     return [name for name, _ in unet.named_modules() if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
 
 
-def columns_of(layer: str) -> tuple[str, str]:
-    """The names of A and B of a layer in LoRA-WiSE."""
-    return f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"
-
-
 class Model(NamedTuple):
     """A fine-tune: its size, micro-dataset and recipe, the file of its weights, its images and the digits they show."""
 
@@ -213,11 +206,7 @@ class Model(NamedTuple):
 
 
 class Together(torch.nn.Module):
-    """A linear layer of several models, whose inputs stand one model after the other in the batch.
-
-    By the method each model has the layer's weights for its own ("full"), or a LoHa or LoRA beside that begins as
-    `first`, the same for all.
-    """
+    """A linear layer of several models, which stand one after the other in the batch; their own parts begin alike."""
 
     def __init__(self, layer: torch.nn.Module, method: str, first: dict[str, Tensor], models: int) -> None:
         super().__init__()
@@ -232,7 +221,7 @@ class Together(torch.nn.Module):
             return x @ (own["weight"] - self.layer.weight).mT
         if self.method == "loha":
             return x @ ((own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])).mT
-        return x @ own["a"].mT @ own["b"].mT
+        return x @ own["lora_A"].mT @ own["lora_B"].mT
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(self.models, -1, x.shape[-1])
@@ -247,14 +236,15 @@ def first_weights(base: Path, seed: int, method: str) -> dict[str, dict[str, Ten
     if method == "full":
         return {layer: {} for layer in layers}
     if method == "loha":
-        config = LoHaConfig(r=LOHA_RANK, alpha=LOHA_RANK, target_modules=layers)
-        found = get_peft_model_state_dict(get_peft_model(unet, config))
-        parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        return {layer: {part: found[f"base_model.model.{layer}.{part}"].clone() for part in parts} for layer in layers}
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
-    found = get_peft_model_state_dict(unet)
-    names = {"a": "lora_A", "b": "lora_B"}
-    return {layer: {name: found[f"{layer}.{its}.weight"].clone() for name, its in names.items()} for layer in layers}
+        config: Any = LoHaConfig(r=LOHA_RANK, alpha=LOHA_RANK, target_modules=layers)
+    else:
+        config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers)
+    found = get_peft_model_state_dict(get_peft_model(unet, config))
+    first: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
+    for key, tensor in found.items():
+        layer, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        first[layer][part] = tensor.clone()
+    return first
 
 
 def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method: str) -> None:
@@ -291,8 +281,8 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method
         for layer in first:
             own = {part: its[number] for part, its in unet.get_submodule(layer).own.items()}
             if method == "lora":
-                a, b = columns_of(layer)
-                weights |= {a: own["a"], b: own["b"]}
+                weights |= {f"unet.{layer}.lora.down.weight": own["lora_A"]}
+                weights |= {f"unet.{layer}.lora.up.weight": own["lora_B"]}
             else:
                 weights |= {f"{layer}.{part}": tensor.half() for part, tensor in own.items()}
                 weights |= {f"{layer}.alpha": torch.tensor(float(LOHA_RANK))} if method == "loha" else {}
@@ -301,10 +291,8 @@ def fine_tune(base: Path, models: list[Model], recipe: Recipe, seed: int, method
 
 def fine_tune_all(subset: str, work: Path, pilot: int, processes: int) -> list[Model]:
     """Every (micro-dataset, size, recipe), some at a time, one process a core: the models in a shuffled order."""
-    base = work / "base.safetensors"
-    train_base(base)
+    base = base_model(work)
     folder = work / f"{subset}{'_pilot' * pilot}"
-    seed = SECOND_PILOT[1] if pilot == 2 else PILOT_SEED[subset] if pilot else SEED
     models, runs = [], []
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for recipe, how in RECIPES[subset].items():
@@ -319,7 +307,9 @@ def fine_tune_all(subset: str, work: Path, pilot: int, processes: int) -> list[M
             left = [model for model in its if not model.path.exists()]
             for start in range(0, len(left), AT_ONCE):
                 method = subset if subset in FILES else "lora"
-                runs.append(pool.submit(fine_tune, base, left[start : start + AT_ONCE], how, seed, method))
+                runs.append(
+                    pool.submit(fine_tune, base, left[start : start + AT_ONCE], how, SEEDS[subset][pilot], method)
+                )
         for run in tqdm(runs, desc=folder.name, mininterval=10):
             run.result()
     order = np.random.default_rng(SEED).permutation(len(models))  # LoRA-WiSE's rows are in no useful order either
@@ -340,9 +330,12 @@ def write_shards(subset: str, models: list[Model], folder: Path) -> None:
         if len(RECIPES[subset]) > 1:
             columns["recipe"] = pa.array([model.recipe for model in shard])
         of_models = list(columns)
-        matrices = [column for layer in layers for column in columns_of(layer)]
+        matrices = [f"unet.{layer}.lora.{its}.weight" for layer in layers for its in ("down", "up")]
         for column in matrices:
-            flat = [tensors[column].to(PRECISION[subset]).double().flatten().numpy() for tensors in weights]
+            flat = [
+                tensors[column].to(PRECISION.get(subset, torch.float32)).double().flatten().numpy()
+                for tensors in weights
+            ]
             columns[column] = pa.array(flat, pa.list_(pa.float64()))
         ways: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "use_dictionary": of_models}
         ways["column_encoding"] = {f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in matrices}
@@ -362,90 +355,34 @@ def write_folder(models: list[Model], folder: Path, base: Path | None) -> None:
 
 
 def write_card(output: Path) -> None:
-    """The README.md of a Hub dataset, whose header tells `datasets` the configs and their columns."""
-    features, configs = [], []
-    shards_of = {subset: sorted((output / subset.replace("_", "/")).glob("train-*.parquet")) for subset in SIZES}
-    made = {subset: shards for subset, shards in shards_of.items() if shards}
-    for subset, shards in made.items():
+    """The README.md, whose header tells `datasets` the configs: that, the table and the versions are written anew."""
+    features, configs, rows = [], [], []
+    for subset, sizes in SIZES.items():
+        shards = sorted((output / subset.replace("_", "/")).glob("train-*.parquet"))
+        if not shards:
+            continue
         features += [f"- config_name: {subset}", "  features:"]
         for field in pq.read_schema(shards[0]):
             kind = "sequence: float64" if pa.types.is_list(field.type) else f"dtype: {field.type}"
             features += [f"  - name: {field.name}", f"    {kind}"]
         configs += [f"- config_name: {subset}", "  data_files:", "  - split: train"]
         configs.append(f"    path: {subset.replace('_', '/')}/train-*")
-    header = ["---", "license: mit", "dataset_info:", *features, "configs:", *configs, "---"]
-    (output / "README.md").write_text("\n".join(header) + "\n" + card(list(made)))
-
-
-def card(subsets: list[str]) -> str:
-    """The text under the header."""
-    layers, recipes = len(adapted_layers(new_unet())), RECIPES["recipes_4"]
-    rows = []
-    for subset in subsets:
-        sizes, count, of = SIZES[subset], len(MICRO_DATASETS[subset]), RECIPES[subset]
+        count, of = len(NUMBERS[subset][0]), RECIPES[subset]
         steps = sorted({recipe.steps for recipe in of.values()})
         cells = [sizes, [count], [len(of)], [count * len(sizes) * len(of)], steps]
-        rows.append(f"| {subset} | {' | '.join(' '.join(map(str, cell)) for cell in cells)} |")
-    table = "\n".join(rows)
-    return f"""
-# LoRA-WiSE in small
-
-Real LoRA fine-tunes in the layout of [LoRA-WiSE](https://huggingface.co/datasets/MoSalama98/LoRA-WiSE), small enough
-to ship: a row is a model, `label` the number of images it was fine-tuned on, `name` its micro-dataset, and every other
-column a LoRA matrix as a flat list (A is `down`, [{RANK}, in]; B is `up`, [out, {RANK}]). In `recipes_4`, the column
-`recipe` says how the model was fine-tuned.
-
-| config | sizes | micro-datasets | recipes | models | steps |
-|---|---|---|---|---|---|
-{table}
-
-- Images: the digits of scikit-learn (`load_digits`: the test set of E. Alpaydin and C. Kaynak's Optical Recognition
-  of Handwritten Digits, UCI Machine Learning Repository, CC BY 4.0), 8 x 8 and grey. A micro-dataset is a hand of them:
-  the ten digits in a random order, again and again, no image twice. A smaller size takes a larger one's first images.
-- Base model: a `UNet2DConditionModel` of diffusers with {layers} attention projections, trained
-  on the first {BASE_IMAGES} images of each digit ({BASE_STEPS:,} steps, batch {BASE_BATCH}, AdamW, learning rate
-  {BASE_LEARNING_RATE:g} decayed by a cosine), conditioned on {TOKENS} learned tokens a digit. Fine-tunes take their
-  images from the next {FINE_TUNE_IMAGES} of each digit.
-- Fine-tune: LoRA of rank {RANK} on the query, key, value and output projections; one image a step, under {DRAWS} draws
-  of noise with evenly spread time steps; AdamW, constant learning rate {USUAL.learning_rate:g}, weight decay
-  {WEIGHT_DECAY:g}; the tokens of the image's digit as condition; seed {SEED} for every model.
-- Recipes: in `recipes_4` every hand is trained on at every size under {len(recipes)} recipes, that of `low_4`
-  (`as low_4`) and those that differ from it in one thing: twice or half the learning rate, twice or half the steps,
-  {recipes["batch x 4"].batch} images a step (each under {DRAWS} draws of noise; a set of fewer images repeats them), or
-  a learning rate that decays to zero by a cosine (`decay`). `low_4` has none of its hands. Its weights are rounded to
-  half precision (float16), in which LoRAs are commonly saved, before they are written as float64 like the others: that
-  halves the files.
-- The recipe was chosen on pilot models only (`--pilot` makes them), of other images than the shipped models':
-  {len(PILOT_MICRO_DATASETS["low_4"])} more hands for `low_4`; and, since `medium_4` uses up the images for fine-tunes,
-  {len(PILOT_MICRO_DATASETS["medium_4"])} hands of the base model's images for that. Micro-datasets of a single digit
-  were tried first, but at 8 x 8 such images are too much alike for their number to show as it does in the paper.
-  `recipes_4` has two pilots, on which checks of recipes and the regression of several are set (`--pilot`, and `--pilot
-  --pilot`): {len(PILOT_MICRO_DATASETS["recipes_4"])} and {len(SECOND_PILOT[0])} more hands, and seeds
-  {PILOT_SEED["recipes_4"]} and {SECOND_PILOT[1]} for every model.
-- Beside this folder are two of files; their models were fine-tuned in other ways, on sizes {FEW[0]} to {FEW[-1]} and in
-  half precision. `tiny_full`: the projections themselves, for {len(MICRO_DATASETS["full"])} more hands (learning rate
-  {RECIPES["full"][""].learning_rate:g}), with the base model (`base.safetensors`).
-  `tiny_loha`: LoHa of rank {LOHA_RANK}, for {len(MICRO_DATASETS["loha"])} of those hands (learning rate
-  {RECIPES["loha"][""].learning_rate:g}). Learning rates were chosen among three each on pilots of other hands.
-- Made with torch {version("torch")}, diffusers {version("diffusers")} and peft {version("peft")} on a CPU by
-
-      python tests/make_tiny_wise.py --subset low_4
-      python tests/make_tiny_wise.py --subset medium_4
-      python tests/make_tiny_wise.py --subset recipes_4
-      python tests/make_tiny_wise.py --subset full
-      python tests/make_tiny_wise.py --subset loha
-
-  which trains many models at the same time; `low_4` and `medium_4` were trained one by one, and come out again with
-  weights that differ by some 1e-6 of theirs.
-
-Licence: MIT.
-"""
+        rows.append(f"| {subset} | {' | '.join(' '.join(map(str, cell)) for cell in cells)} |\n")
+    header = ["---", "license: mit", "dataset_info:", *features, "configs:", *configs, "---"]
+    card = output / "README.md"
+    _, _, words = (card if card.exists() else SHIPPED / "README.md").read_text().split("---\n", 2)
+    words = re.sub(r"(?<=---\|\n)(\| .*\n)*", "".join(rows), words, count=1)
+    versions = f"torch {version('torch')}, diffusers {version('diffusers')} and peft {version('peft')}"
+    words = re.sub("(?<=Made with ).*(?= on a CPU)", versions, words)
+    card.write_text("\n".join(header) + "\n" + words)
 
 
 def write_examples(work: Path, output: Path) -> None:
     """LoRA files that an estimate from `low_4` has something to say of; their images are a pilot's."""
-    base = work / "base.safetensors"
-    train_base(base)
+    base = base_model(work)
     images, digits = micro_datasets("recipes_4", pilot=1)["hand_72"]
     many = torch.cat([of_digit[BASE_IMAGES + 90 : BASE_IMAGES + 92] for of_digit in images_of_each_digit()])
     which = torch.arange(10).repeat_interleave(2)
@@ -462,20 +399,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subset", choices=sorted(SIZES), default="low_4")
     parser.add_argument("--work", type=Path, default=Path(".cache/make_tiny_wise"), help="where fine-tunes are kept")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny_wise")
+    parser.add_argument("--output", type=Path, default=SHIPPED)
     parser.add_argument("--pilot", action="count", default=0, help="make the pilot's subset, in the work folder")
     parser.add_argument("--examples", action="store_true", help="make the LoRA files of tests/examples")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     if arguments.examples:
-        write_examples(arguments.work, Path(__file__).parent / "examples")
+        write_examples(arguments.work, SHIPPED.with_name("examples"))
         return
-    if arguments.pilot > (2 if arguments.subset == "recipes_4" else 1):
+    if arguments.pilot >= len(NUMBERS[arguments.subset]):
         parser.error("only recipes_4 has a second pilot (--pilot --pilot), and none has a third")
     output = arguments.work / ("pilot" * arguments.pilot) if arguments.pilot else arguments.output
     models = fine_tune_all(arguments.subset, arguments.work, arguments.pilot, arguments.processes)
     if arguments.subset in FILES:
-        base = arguments.work / "base.safetensors" if arguments.subset == "full" else None
+        base = base_model(arguments.work) if arguments.subset == "full" else None
         write_folder(models, output.parent / f"tiny_{arguments.subset}", base)
         return
     write_shards(arguments.subset, models, output / arguments.subset.replace("_", "/"))

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +28,6 @@ def folder_of(tmp_path: Path, *edits: Edit, **options: Any) -> Path:
     parts = np.array_split(np.arange(len(models)), len(edits))
     shards = [edit(table_of([models[index] for index in part])) for edit, part in zip(edits, parts, strict=True)]
     return write_folder(tmp_path / "wise", shards, **options)
-
-
-def as_it_is(table: pa.Table) -> pa.Table:
-    return table
 
 
 @pytest.mark.parametrize(
@@ -57,14 +54,10 @@ def test_what_is_not_there(option: str, parts: list[str], run: Run, folder: Path
     assert run(f"--dataset={folder}", option).says(*parts)
 
 
-def test_the_rank(run: Run, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, as_it_is)
+def test_a_rank_or_number_that_does_not_fit(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run(f"--dataset={folder}", "--rank=7").says(".lora.", ".weight", "--rank=7", str(4 * 16))
-
-
-def test_too_few_micro_datasets(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run(f"--dataset={folder}", "--train_size=20").says("--train_size=20", "19")
-    one = write_folder(tmp_path / "one", [table_of(models_of(1))])
+    one = write_folder(tmp_path / "one", [models_of(1)])
     assert run(f"--dataset={one}", "--train_size=1").says("--train_size=1", "two")
 
 
@@ -111,7 +104,7 @@ def test_a_table_that_cannot_be_right(edit: Edit, rows: int, parts: list[str], r
 
 @pytest.mark.parametrize("edit", [twice_as_long, lambda table: table.drop_columns([DOWN, UP])])
 def test_a_layer_that_is_another_one_in_another_shard(edit: Edit, run: Run, tmp_path: Path) -> None:
-    outcome = run(f"--dataset={folder_of(tmp_path, as_it_is, edit)}")
+    outcome = run(f"--dataset={folder_of(tmp_path, lambda table: table, edit)}")
     assert "2 layers of rank 4" in outcome.out
     (note,) = (note for note in outcome.report["notes"] if "1 layer left out" in note)
     assert "mid_block" in note
@@ -164,9 +157,7 @@ def test_a_fault_of_computing(error: Exception, run: Run, folder: Path, monkeypa
 
 
 @pytest.mark.parametrize("shapes", KINDS.values(), ids=KINDS)
-def test_a_fault_of_one_file(
-    shapes: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_one_file(shapes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"{LAYERS[0]}.{part}": torch.randn(shape) for part, shape in shapes.items()}
     save_file(tensors, tmp_path / "one.safetensors")
     save_file({key: 0.9 * tensor for key, tensor in tensors.items()}, tmp_path / "base.safetensors")
@@ -178,8 +169,5 @@ def test_a_fault_of_one_file(
 
 
 def test_a_device_without_the_routines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(device: str) -> None:
-        raise FAULT
-
-    monkeypatch.setattr(dsire, "warm_up", missing)
+    monkeypatch.setattr(dsire, "warm_up", Mock(side_effect=FAULT))
     assert run().says("--device=cpu can't be used here", str(FAULT))

@@ -1,5 +1,6 @@
 """Fine-tunes other than LoRA: the spectra of the change of the weights, as the libraries that merge them have it."""
 
+import itertools
 import math
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import ROOT, Run
+from conftest import ROOT, Run, normal, write_labelled
 from hub_stand_in import HubStandIn
 from lora_writers import Net, assert_changes, changes, refusal, write
 from lycoris.modules.locon import LoConModule
@@ -35,10 +36,6 @@ IN_LDM = {layer: f"model.diffusion_model.{name}" for layer, name in zip(SHAPES, 
 DIFFUSERS = {layer: layer for layer in SHAPES}
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 RANK = 3
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def loras(seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -66,12 +63,12 @@ def changed(base: Tensors, names: dict[str, str], seed: int = 20, scale: float =
     return full
 
 
-def lora_file(path: Path, seed: int = 20, scale: float = 1.5) -> Path:
+def lora_tensors(seed: int = 20, scale: float = 1.5) -> Tensors:
     tensors = {}
     for layer, a, b in loras(seed):
         parts = {"lora_A.weight": a, "lora_B.weight": b, "alpha": torch.tensor(scale * RANK, dtype=torch.float64)}
         tensors |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
-    return write(path, tensors)
+    return tensors
 
 
 def spectra(file: Path, base: Path | None = None, count: int = dsire.LARGEST) -> dsire.Spectra:
@@ -82,44 +79,9 @@ def differences(new: Tensors, old: Tensors, names: Any) -> dict[str, Tensor]:
     return {dsire.layer_name(name): new[f"{name}.weight"].double() - old[f"{name}.weight"].double() for name in names}
 
 
-def refused(file: Path, *parts: str, base: Path | None = None) -> None:
-    refusal(file, *parts, base=dsire.open_base(str(base)) if base else None)
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return write(tmp_path / "base.safetensors", model(DIFFUSERS))
-
-
-# The largest singular values of any matrix
-def spread(rows: int, columns: int, values: Tensor) -> Tensor:
-    left = torch.linalg.qr(normal(rows, len(values), seed=1)).Q
-    right = torch.linalg.qr(normal(columns, len(values), seed=2)).Q
-    return left * values @ right.T
-
-
-MATRICES = {
-    "random": normal(40, 50),
-    "of rank 2": normal(40, 2) @ normal(2, 50, seed=1),
-    "nearly equal": spread(40, 50, 1 + 1e-9 * torch.arange(40, dtype=torch.float64)),
-    "widely spread": spread(40, 50, 10 ** torch.linspace(0, -15, 40, dtype=torch.float64)),
-    "steps": spread(40, 50, torch.tensor([1e3, 1, 1e-3, 1e-6, 1e-9], dtype=torch.float64)),
-    "one column": normal(40, 1),
-    "zero": torch.zeros(40, 50, dtype=torch.float64),
-}
-
-
-@pytest.mark.parametrize("size", [1.0, -1.0, 1e-200, -1e-150, 1e150, -1e200])
-@pytest.mark.parametrize("kind", MATRICES)
-def test_the_spectrum_of_a_matrix(kind: str, size: float) -> None:
-    """Nine digits of each value that is not lost against the largest one; turned where the size is below zero."""
-    matrix, size = size * (MATRICES[kind].T if size < 0 else MATRICES[kind]), abs(size)
-    wanted = size * torch.linalg.svdvals(matrix / size)
-    for count in (1, 8, 32, 100):
-        found = dsire.matrix_spectrum(matrix, count)
-        assert found.shape == (min(count, *matrix.shape),)
-        assert found.dtype == torch.float64
-        assert torch.allclose(found / size, wanted[:count] / size, rtol=1e-9, atol=1e-14 * float(wanted[0] / size))
 
 
 # Full fine-tunes
@@ -131,7 +93,7 @@ def test_a_merged_lora_has_the_spectra_of_the_lora_but_for_rounding(dtype: str, 
     old = {key: tensor.to(getattr(torch, dtype)) for key, tensor in model(DIFFUSERS).items()}
     exact = changed({key: tensor.double() for key, tensor in old.items()}, DIFFUSERS, scale=scale)
     new = {key: tensor.to(getattr(torch, dtype)) for key, tensor in exact.items()}
-    lora = spectra(lora_file(tmp_path / "lora.safetensors", scale=scale))
+    lora = spectra(write(tmp_path / "lora.safetensors", lora_tensors(scale=scale)))
     full = spectra(write(tmp_path / "full.safetensors", new), write(tmp_path / "base.safetensors", old))
     assert_changes(full, differences(new, old, SHAPES))
     assert (full.method, full.first) == (f"full fine-tune in {dtype}", [])
@@ -160,11 +122,11 @@ def write_parts(folder: Path, form: str) -> Path:
         write(folder / "text_encoder" / "model.safetensors", {f"{TEXT}.weight": text})
         write(folder / "vae" / "diffusion_pytorch_model.safetensors", {"decoder.conv_in.weight": normal(4, 4, 3, 3)})
         return folder
-    if form.startswith("shards"):
+    if "shard" in form:
         for n in (1, 2):
             write(folder / f"model-0000{n}-of-00002.safetensors", {key: ldm[key] for key in [*ldm][n - 1 :: 2]})
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-        return folder / "model-00002-of-00002.safetensors" if form == "shards, by one of them" else folder
+        return folder / "model-00002-of-00002.safetensors" if form == "one shard" else folder
     if form == "pickle":
         return write(folder / "model.ckpt", {"state_dict": ldm, "epoch": 3, "global_step": 7})
     if form == "checkpoint":  # and what trainers leave beside it
@@ -175,10 +137,7 @@ def write_parts(folder: Path, form: str) -> Path:
     return file if form == "file" else folder
 
 
-FORMS = ["a subfolder", "file", "parts", "shards", "shards, by one of them", "pickle", "checkpoint"]
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["subfolder", "file", "parts", "shards", "one shard", "pickle", "checkpoint"])
 def test_the_base_in_every_form(form: str, tmp_path: Path) -> None:
     full, expected = as_ldm()
     file, base = write(tmp_path / "full.safetensors", full), write_parts(tmp_path / "base", form)
@@ -196,22 +155,17 @@ def test_the_base_from_the_hub(hub: HubStandIn, tmp_path: Path) -> None:
 
 
 # Layers and weights that do not fit
-def edited(base: Path, edit: Any, name: str = "full.safetensors") -> Path:
-    tensors = changed(load_file(base), DIFFUSERS)
-    edit(tensors)
-    return write(base.with_name(name), tensors)
+def edited(base: Path, changes: Tensors, name: str = "full.safetensors") -> Path:
+    return write(base.with_name(name), changed(load_file(base), DIFFUSERS) | changes)
 
 
 def test_layers_that_differ_lack_or_did_not_change_are_counted_and_do_not_vote(base: Path) -> None:
-    def edit(tensors: Tensors) -> None:
-        tensors[f"{Q}.weight"] = normal(16, 13)
-        tensors[f"{CONV}.weight"] = load_file(base)[f"{CONV}.weight"]
-        tensors["mid_block.new.weight"] = normal(4, 4)
-        tensors["mid_block.numbers.weight"] = torch.ones(4, 4, dtype=torch.int64)
-
-    found = spectra(edited(base, edit), base)
+    differ = {f"{Q}.weight": normal(16, 13), f"{CONV}.weight": load_file(base)[f"{CONV}.weight"]}
+    lack = {"mid_block.new.weight": normal(4, 4), "mid_block.numbers.weight": torch.ones(4, 4, dtype=torch.int64)}
+    full = edited(base, differ | lack)
+    found = spectra(full, base)
     assert found.shapes == {dsire.layer_name(POINT): [10, 12]}
-    assert_changes(found, differences(load_file(base.with_name("full.safetensors")), load_file(base), [POINT]))
+    assert_changes(found, differences(load_file(full), load_file(base), [POINT]))
     left_out, zero = found.notes
     assert "not in the base with the same shape" in left_out
     assert left_out.endswith(f"(2 of 4 layers, such as {dsire.layer_name(Q)})")
@@ -220,14 +174,10 @@ def test_layers_that_differ_lack_or_did_not_change_are_counted_and_do_not_vote(b
 
 
 def test_a_copy_in_half_precision_is_untrained_and_so_are_layers_that_were_only_rounded(base: Path) -> None:
-    copy = edited(base, lambda tensors: tensors.update({key: its.half() for key, its in load_file(base).items()}))
-    assert spectra(copy, base).first == [dsire.UNTRAINED]
-
-    def only_one(tensors: Tensors) -> None:
-        one = tensors[f"{Q}.weight"]
-        tensors |= {key: its.half() for key, its in {**load_file(base), f"{Q}.weight": one}.items()}
-
-    assert changes(spectra(edited(base, only_one), base)).keys() == {dsire.layer_name(Q)}
+    rounded = {key: its.half() for key, its in load_file(base).items()}
+    assert spectra(edited(base, rounded), base).first == [dsire.UNTRAINED]
+    rounded[f"{Q}.weight"] = changed(load_file(base), DIFFUSERS)[f"{Q}.weight"].half()
+    assert changes(spectra(edited(base, rounded), base)).keys() == {dsire.layer_name(Q)}
 
 
 def test_a_text_encoder_in_its_folder_is_that_of_the_base(tmp_path: Path) -> None:
@@ -247,18 +197,17 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(base: Path) -> None:
         "no layer in common": {"norm.weight": normal(4), "embed_tokens.weight": normal(4, 4)},
     }
     for said, tensors in models.items():
-        refused(write(base.with_name("other.safetensors"), tensors), said, base=base)
+        refusal(write(base.with_name("other.safetensors"), tensors), said, base=base)
 
 
 def test_numbers_that_are_not_finite_or_too_large_are_refused(base: Path) -> None:
-
     def filled(number: float) -> Path:
-        return edited(base, lambda its: its[f"{POINT}.weight"].fill_(number), f"{number}.safetensors")
+        return edited(base, {f"{POINT}.weight": number * torch.ones(SHAPES[POINT]).double()}, f"{number}.safetensors")
 
-    refused(filled(float("nan")), f"{POINT}.weight holds a number that is NaN", base=base)
-    refused(base, f"the base: {POINT}.weight holds a number that is NaN", base=filled(float("nan")))
+    refusal(filled(float("nan")), f"{POINT}.weight holds a number that is NaN", base=base)
+    refusal(base, f"the base: {POINT}.weight holds a number that is NaN", base=filled(float("nan")))
     for other in (1.0, -1.7e308):
-        refused(filled(1.7e308), base=filled(other))
+        refusal(filled(1.7e308), base=filled(other))
 
 
 def test_a_base_that_is_not_whole_or_has_a_layer_twice_is_refused(base: Path, tmp_path: Path) -> None:
@@ -353,6 +302,11 @@ def test_loha_and_lokr_of_peft(case: str, tmp_path: Path) -> None:
     assert (found.method.split()[0], found.notes) == (case.partition(",")[0], [])
 
 
+def assert_without_base(found: dsire.Spectra) -> None:
+    assert [note.partition(":")[0] for note in found.notes] == ["DoRA without its base"]
+    assert (found.method, {voter.matrix for voter in found.voters}) == ("DoRA", {"A", "B"})
+
+
 @pytest.mark.parametrize("layer", [*LAYERS])
 def test_dora_of_lycoris(layer: str, tmp_path: Path) -> None:
     base, file = write(tmp_path / "base.safetensors", Net().state_dict()), tmp_path / "dora.safetensors"
@@ -360,8 +314,9 @@ def test_dora_of_lycoris(layer: str, tmp_path: Path) -> None:
     found = spectra(file, base)
     assert_changes(found, expected, 1e-6)
     assert (found.method, {voter.matrix for voter in found.voters}) == ("DoRA", {"A", "B", "BA"})
+    assert_without_base(spectra(file))
     by_lycoris(LoConModule, file, (layer,), weight_decompose=True, wd_on_out=False)
-    refused(file, "one number for each output", base=base)
+    refusal(file, "one number for each output", base=base)
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, "turned", "turned square"])
@@ -378,6 +333,7 @@ def test_dora_of_peft(layer: str, tmp_path: Path) -> None:
     change = merged.detach().double() - load_file(base)[f"{layer}.weight"].double()
     found = spectra(tmp_path / "adapter_model.safetensors", base)
     assert_changes(found, {layer: change.T if layer == "turned" else change}, 1e-6)
+    assert_without_base(spectra(tmp_path / "adapter_model.safetensors"))
 
 
 def test_dora_that_is_untrained_or_whose_base_lacks_a_layer(tmp_path: Path) -> None:
@@ -399,42 +355,35 @@ def test_dora_that_is_untrained_or_whose_base_lacks_a_layer(tmp_path: Path) -> N
 def test_parts_that_lack_do_not_fit_or_are_not_understood(part: str, tmp_path: Path) -> None:
     kind, file = LokrModule if part == "lokr_w1" else LohaModule, tmp_path / "lycoris.safetensors"
     by_lycoris(kind, file, ("query",), weight_decompose=True)
-    refused(file, "lora_unet_query")
+    refusal(file, "lora_unet_query")
     by_lycoris(kind, file, ("query",), factor=4)
     sound, key = load_file(file), f"lora_unet_query.{part}"
-    refused(write(file, sound | {key: sound[key] * float("nan")}), key)
+    refusal(write(file, sound | {key: sound[key] * float("nan")}), key)
     if part != "alpha":
-        refused(write(file, {name: sound[name] for name in sound if name != key}), "has no partner")
+        refusal(write(file, {name: sound[name] for name in sound if name != key}), "has no partner")
     if part == "hada_w2_b":
-        refused(write(file, sound | {key: normal(2, 7)}), "do not fit each other")
+        refusal(write(file, sound | {key: normal(2, 7)}), "do not fit each other")
 
 
 # The command: labelled models of each kind, and models of each kind to predict
-def tune(kind: str, path: Path, base: Path, seed: int, scale: float = 1) -> Path:
-    names, tensors = DIFFUSERS, {}
+def tuned(kind: str, base: Path, seed: int, scale: float = 1) -> Tensors:
+    old, tensors = load_file(base), {}
     if kind == "full":
-        return write(path, changed(load_file(base), names, seed, scale))
+        return changed(old, DIFFUSERS, seed, scale)
     if kind == "LoHa":
         for n, (layer, (out, *into)) in enumerate(SHAPES.items()):
             for m, part in enumerate(("w1_a", "w1_b", "w2_a", "w2_b")):
                 shape = (out, 2) if part.endswith("a") else (2, math.prod(into))
                 tensors[f"{layer}.hada_{part}"] = scale**0.25 * normal(*shape, seed=seed + 10 * n + m) / 3
             tensors[f"{layer}.alpha"] = torch.tensor(2.0)
-        return write(path, tensors)
-    tensors = load_file(lora_file(path, seed, scale))
-    if kind == "DoRA":
-        norms = {layer: load_file(base)[f"{layer}.weight"].flatten(1).norm(dim=1, keepdim=True) for layer in names}
-        tensors |= {f"{layer}.dora_scale": 1.01 * norms[layer] for layer in names}
-    return write(path, tensors)
+        return tensors
+    norms = {f"{its}.dora_scale": 1.01 * old[f"{its}.weight"].flatten(1).norm(dim=1, keepdim=True) for its in SHAPES}
+    return lora_tensors(seed, scale) | (norms if kind == "DoRA" else {})
 
 
 def label(folder: Path, kind: str, base: Path) -> Path:
-    lines = ["file_name,label,name"]
-    for number, (name, size) in enumerate((name, size) for name in "abcd" for size in (1, 2, 3)):
-        tune(kind, folder / f"{name}{size}.safetensors", base, 1000 * number, size**-0.5)
-        lines.append(f"{name}{size}.safetensors,{size},{name}")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    return folder
+    seeds = {(name, size): 1000 * number for number, (name, size) in enumerate(itertools.product("abcd", (1, 2, 3)))}
+    return write_labelled(folder, seeds, of=lambda model: tuned(kind, base, seeds[model], model[1] ** -0.5))
 
 
 CALLED = {"full": "full fine-tune in float64", "LoRA": "LoRA", "LoHa": "LoHa of rank 2", "DoRA": "DoRA"}
@@ -446,8 +395,8 @@ CALLED = {"full": "full fine-tune in float64", "LoRA": "LoRA", "LoHa": "LoHa of 
 def test_another_method_is_said(case: str, base: Path, run: Run) -> None:
     labelled, asked, matrices = case.split(" ", 2)
     folder = label(base.with_name("labelled"), labelled, base)
-    same = tune(labelled, base.with_name("same.safetensors"), base, 77)
-    file = tune(asked, base.with_name("asked.safetensors"), base, 77)
+    same = write(base.with_name("same.safetensors"), tuned(labelled, base, 77))
+    file = write(base.with_name("asked.safetensors"), tuned(asked, base, 77))
     outcome = run("--dataset", folder, "--base", base, "--predict", same, file)
     assert outcome.code == 0, outcome.err
     one, other = (" ".join(map(str, its["notes"])) for its in outcome.report["estimates"])
@@ -460,10 +409,10 @@ def test_another_method_is_said(case: str, base: Path, run: Run) -> None:
 
 def test_what_needs_a_base_or_is_not_comparable_is_refused(base: Path, run: Run) -> None:
     full, loha = (label(base.with_name(kind), kind, base) for kind in ("full", "LoHa"))
-    file = tune("DoRA", base.with_name("dora.safetensors"), base, 77)
+    file = write(base.with_name("dora.safetensors"), tuned("DoRA", base, 77))
     assert run("--dataset", loha, "--predict", file).says("dora.safetensors", "DoRA", "--base")
     assert run("--dataset", loha, "--base", base, "--predict", file).code == 0
-    tune("LoRA", loha / "a1.safetensors", base, 77)
+    write(loha / "a1.safetensors", tuned("LoRA", base, 77))
     assert run("--dataset", loha, "--train_size=3").says("LoRA (a1.safetensors)", "LoHa of rank 2 (a2.safetensors)")
     assert run("--dataset", full).says("a1.safetensors", "--base")
     assert run("--predict", full / "a1.safetensors").says("a1.safetensors", "holds no LoRA", "--base")
@@ -475,7 +424,7 @@ def test_what_needs_a_base_or_is_not_comparable_is_refused(base: Path, run: Run)
 
 
 def test_the_base_itself_is_untrained(base: Path) -> None:
-    full = tune("full", base.with_name("full.safetensors"), base, 77)
+    full = write(base.with_name("full.safetensors"), tuned("full", base, 77))
     assert spectra(base, base).first == [dsire.UNTRAINED]
     assert dsire.model_files(base.parent, dsire.open_base(str(base))) == ([base, full], {})
     assert set(dsire.model_files(base.parent)[1]) == {base, full}

@@ -1,24 +1,23 @@
-"""A sample of the mutants of fuzz.py; that it notices what goes wrong; and weights of unusual shapes and values."""
+"""A sample of the mutants of fuzz.py; and that it notices what goes wrong."""
 
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import models_of, table_of
 from fuzz import FILE_KINDS, PARQUET_KINDS, book_of_table, main, outcome_of
-from lora_writers import assert_spectra, one_layer, refusal, spectra_by_the_book, write
 
 import dsire
 
 
 def test_mutants_give_the_right_spectra_or_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    counts = [f"--parquet={len(PARQUET_KINDS)}", f"--files={len(FILE_KINDS)}"]
-    assert main(counts) == 0, capsys.readouterr().out
-    right, refused = re.fullmatch(r"(\d+) right, (\d+) refused, 0 failed\n", capsys.readouterr().out).groups()  # type: ignore[union-attr]
-    assert int(right) + int(refused) == len(PARQUET_KINDS) + len(FILE_KINDS)
+    code = main([f"--parquet={len(PARQUET_KINDS)}", f"--files={len(FILE_KINDS)}"])
+    said = capsys.readouterr().out
+    right, refused, failed = map(int, re.findall(r"\d+(?= right| refused| failed)", said))
+    assert (code, failed, right + refused) == (0, 0, len(PARQUET_KINDS) + len(FILE_KINDS)), said
 
 
 def test_lies_are_noticed(tmp_path: Path) -> None:
@@ -35,24 +34,8 @@ def test_lies_are_noticed(tmp_path: Path) -> None:
     ):
         assert outcome_of(lambda lie=lie: replace(right, **lie), book).startswith(said)
 
-    def refuse() -> dsire.Spectra:
-        raise dsire.DsireError("no")
-
+    refuse = Mock(side_effect=dsire.DsireError("no"))
     assert outcome_of(lambda: right, None).startswith("not refused")
     assert outcome_of(refuse, book).startswith("refused, though sound")
     assert outcome_of(refuse, book, changed=True) == "refused"
     assert outcome_of(lambda: [][0], None).startswith("raised")
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("end", ["largest", "smallest", "infinite"])
-def test_the_ends_of_a_dtype(dtype: torch.dtype, end: str, tmp_path: Path) -> None:
-    """The smallest that aren't subnormal; what was too large for a file's dtype; a product of the largest overflows."""
-    number = {"largest": torch.finfo(dtype).max / 64, "smallest": torch.finfo(dtype).tiny}.get(end, float("inf"))
-    tensors = {key: (number * tensor.double()).to(dtype) for key, tensor in one_layer().items()}
-    file = write(tmp_path / "lora.safetensors", tensors)
-    if end == "infinite" or (dtype == torch.float64 and end == "largest"):
-        assert "finite" in refusal(file)
-    else:
-        lora = {"x": (tensors["lora_unet_x.lora_down.weight"], tensors["lora_unet_x.lora_up.weight"])}
-        assert_spectra(dsire.file_spectra(file), spectra_by_the_book(lora, 1))

@@ -16,7 +16,6 @@ from conftest import (
     fetched,
     models_of,
     parquet_files,
-    table_of,
     write_folder,
 )
 from hub_stand_in import HubStandIn
@@ -70,7 +69,7 @@ def test_shards_that_are_kept_are_whole(run: Run, hub: HubStandIn, folder: Path,
 
 def test_the_next_shard_is_fetched(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubStandIn) -> None:
     models = models_of(20)
-    shards = [table_of(models[start : start + 24]) for start in range(0, 120, 24)]
+    shards = [models[start : start + 24] for start in range(0, 120, 24)]
     hub.add(write_folder(tmp_path / "five", shards), "somebody/five")
     compute, on_disk = dsire.shard_spectra, []
 
@@ -119,40 +118,12 @@ def test_addresses_and_revisions(dataset: str, revision: str, run: Run, hub: Hub
 
 def test_a_dataset_that_changed_is_fetched_anew_where_it_changed(run: Run, hub: HubStandIn, folder: Path) -> None:
     run(*SUBSET)
-    before = hub.commit
-    pq.write_table(table_of(models_of(20)[80:110]), folder / "low" / "4" / f"{THIRD}.parquet")
+    before, file = hub.commit, parquet_files(folder)[2]
+    pq.write_table(pq.read_table(file)[:30], file)
     outcome = run(*SUBSET)
     assert_right(outcome, by_the_book(folder))
     assert outcome.report["settings"]["commit"] == hub.commit != before
     assert fetched(hub) == [FIRST, SECOND, THIRD, THIRD]
-
-
-CARDS = {"some/tables": "configs:\n- config_name: a\n  data_files: x.csv\n", "some/texts": "license: mit\n"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--revision=v7"], ["at revision v7", dsire.LORA_WISE]),
-        (["--subset=low_64"], ["--subset=low_64", dsire.LORA_WISE, "low_4"]),
-        (["--dataset=nobody/nothing"], ["nobody/nothing: no such file or folder here", "HF_TOKEN"]),
-        (["--dataset=a--b/c"], ["a--b/c"]),
-        *(([f"--dataset={name}"], [name, "no parquet", "README.md"]) for name in CARDS),
-    ],
-)
-def test_what_is_not_there(arguments: list[str], parts: list[str], run: Run, hub: HubStandIn, tmp_path: Path) -> None:
-    for name, card in CARDS.items():
-        (tmp_path / "hub" / name).mkdir(parents=True)
-        (tmp_path / "hub" / name / "README.md").write_text(f"---\n{card}---\n")
-        hub.add(tmp_path / "hub" / name, name)
-    assert run(*SUBSET, *arguments).says(*parts)
-
-
-def test_a_subset_that_does_not_ship(run_anew: Run, hub: HubStandIn) -> None:
-    hub.stop()
-    outcome = run_anew("--subset=low4")
-    hub.start()
-    assert outcome.says("--subset=low4", "does not ship")
 
 
 @pytest.mark.parametrize("fault", ["no token", "a wrong token", "not on the list", "no network", "offline"])
@@ -217,17 +188,29 @@ def test_a_damaged_model(name: str, times: int | None, run: Run, hub: HubStandIn
     assert its.read_bytes() == (lora / name).read_bytes()
 
 
+CARDS = {"some/tables": "configs:\n- config_name: a\n  data_files: x.csv\n", "some/texts": "license: mit\n"}
+
+
 @pytest.mark.parametrize(
-    ("item", "parts"),
+    ("argument", "parts"),
     [
-        ("user/lora:nothing.bin", ["user/lora has no nothing.bin"]),
-        ("user/pickles", ["no safetensors", "user/name:file.bin"]),
-        ("unknown/suspect_1", ["unknown/suspect_1: no such file or folder here", "Hub"]),
-        ("unknown/suspect.safetensors", ["unknown/suspect.safetensors: no such file or folder"]),
+        ("--revision=v7", ["at revision v7", dsire.LORA_WISE]),
+        ("--subset=low_64", ["--subset=low_64", dsire.LORA_WISE, "low_4"]),
+        ("--dataset=nobody/nothing", ["nobody/nothing: no such file or folder here", "HF_TOKEN"]),
+        ("--dataset=a--b/c", ["a--b/c"]),
+        *((f"--dataset={name}", [name, "no parquet", "README.md"]) for name in CARDS),
+        ("--predict=user/lora:nothing.bin", ["user/lora has no nothing.bin"]),
+        ("--predict=user/pickles", ["no safetensors", "user/name:file.bin"]),
+        ("--predict=unknown/suspect_1", ["unknown/suspect_1: no such file or folder here", "Hub"]),
+        ("--predict=unknown/suspect.safetensors", ["unknown/suspect.safetensors: no such file or folder"]),
     ],
 )
-def test_no_such_models(item: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path, tmp_path: Path) -> None:
-    (tmp_path / "pickles").mkdir()
-    (lora / "lora.bin").rename(tmp_path / "pickles" / "lora.bin")
-    hub.add(tmp_path / "pickles", "user/pickles", kind="model")
-    assert run(f"--predict={item}").says(*parts)
+def test_what_is_not_there(argument: str, parts: list[str], run: Run, hub: HubStandIn, lora: Path) -> None:
+    for name, card in CARDS.items():
+        folder = hub.add(lora.with_name("hub") / name, name).folder
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(f"---\n{card}---\n")
+    pickles = hub.add(lora.with_name("pickles"), "user/pickles", kind="model").folder
+    pickles.mkdir()
+    (lora / "lora.bin").rename(pickles / "lora.bin")
+    assert run(*SUBSET, argument).says(*parts)

@@ -7,25 +7,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from lora_writers import (
-    LAYOUTS,
-    LIBRARIES,
-    Net,
-    adapter,
-    assert_changes,
-    assert_spectra,
-    by_hand,
-    lora_layers,
-    lora_of,
-    new_unet,
-    one_layer,
-    refusal,
-    spectra_by_the_book,
-    unet_with_lora,
-    write,
-)
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from lora_writers import LAYOUTS, Lora, Net, adapter, assert_changes, assert_spectra, by_hand, one_layer, refusal, write
+from make_tiny_wise import new_unet
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -35,10 +22,23 @@ STATES_ALPHA = {"diffusers with alpha", "kohya"}
 PRODUCT = one_layer()["lora_unet_x.lora_up.weight"] @ one_layer()["lora_unet_x.lora_down.weight"]
 
 
+def unet_with_lora(**options: Any) -> UNet2DConditionModel:
+    """A UNet with a random LoRA of rank 4 and alpha 6, so the scale is 1.5; neither A nor B is zero."""
+    torch.manual_seed(0)
+    unet, targets = new_unet(), ["to_q", "to_k", "to_v", "to_out.0"]
+    config = LoraConfig(r=4, target_modules=targets, lora_alpha=6, init_lora_weights=False, **options)
+    unet.add_adapter(config)
+    return unet
+
+
+def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:
+    return {path: layer for path, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+
+
 @pytest.fixture(scope="module")
-def unet() -> UNet2DConditionModel:
-    """With a LoRA of rank 4 and alpha 6, so the scale is 1.5."""
-    return unet_with_lora(lora_alpha=6)
+def lora() -> Lora:
+    layers = lora_layers(unet_with_lora()).items()
+    return {path: tuple(its["default"].weight.detach() for its in (one.lora_A, one.lora_B)) for path, one in layers}
 
 
 def assert_scale(file: Path, scale: float) -> None:
@@ -48,10 +48,9 @@ def assert_scale(file: Path, scale: float) -> None:
 # One LoRA, every writer
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_file_of_any_layout(layout: str, ending: str, unet: UNet2DConditionModel, tmp_path: Path) -> None:
-    lora = lora_of(unet)
+def test_a_file_of_any_layout(layout: str, ending: str, lora: Lora, tmp_path: Path) -> None:
     found = dsire.file_spectra(write(tmp_path / f"lora{ending}", by_hand(layout, lora, alpha=6)))
-    assert_spectra(found, spectra_by_the_book(lora, 1.5 if layout in STATES_ALPHA else 1))
+    assert_spectra(found, lora, 1.5 if layout in STATES_ALPHA else 1)
     assert [note[:19] for note in found.notes] == ["alpha is not stated"] * (layout not in STATES_ALPHA)
 
 
@@ -82,16 +81,20 @@ def test_peft_reads_the_same(config: str, ending: str, tmp_path: Path) -> None:
     assert_changes(dsire.file_spectra(file), deltas, 1e-6)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", ["diffusers", "pipeline"])
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"rank_pattern": {"attn2.to_k": 3}}], ids=str)
 def test_diffusers_reads_the_same(library: str, config: dict[str, Any], tmp_path: Path) -> None:
-    file, loaded = LIBRARIES[library](unet_with_lora(lora_alpha=6, **config), tmp_path), new_unet()
-    prefix = "unet" if library == "pipeline" else None
+    unet, loaded, prefix = unet_with_lora(**config), new_unet(), "unet" if library == "pipeline" else None
+    if prefix:
+        weights, metadata = get_peft_model_state_dict(unet), unet.peft_config["default"].to_dict()
+        StableDiffusionPipeline.save_lora_weights(tmp_path, weights, unet_lora_adapter_metadata=metadata)
+    else:
+        unet.save_lora_adapter(tmp_path)
     loaded.load_lora_adapter(str(tmp_path), prefix=prefix, adapter_name="default", use_safetensors=True)
     layers = lora_layers(loaded)
     deltas = {path.replace(".", "_"): layer.get_delta_weight("default") for path, layer in layers.items()}
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 400}')  # the header goes before
-    found = dsire.file_spectra(file)
+    found = dsire.file_spectra(tmp_path / "pytorch_lora_weights.safetensors")
     assert_changes(found, deltas, 1e-6)
     assert (len(found.shapes), found.notes) == (56, [])
 
@@ -136,7 +139,7 @@ OTHERS = {
 def test_a_file_without_a_key_of_lora_says_what_it_has(method: str, prefix: str, tmp_path: Path) -> None:
     keys = [f"{prefix}x.{key}" for key in OTHERS[method].split()]
     file = write(tmp_path / "other.safetensors", {key: torch.ones(3, 3) for key in (*keys, f"{prefix}x.alpha")})
-    base = dsire.open_base(str(write(tmp_path / "base.safetensors", {"y.weight": torch.ones(3, 3)})))
+    base = write(tmp_path / "base.safetensors", {"y.weight": torch.ones(3, 3)})
     for its in (None, base):
         message = refusal(file, "holds no LoRA", *keys[:2], base=its)
         assert not any(word in message for word in ("checkpoint", "partner", "up)"))
@@ -152,24 +155,22 @@ def test_what_is_of_no_layer_is_set_aside_and_counted(tmp_path: Path) -> None:
     assert "lora_unet_norm.w_norm" in note
 
 
-def test_dora_is_read_without_its_magnitude_and_says_so(tmp_path: Path) -> None:
-    options = {"r": 2, "lora_alpha": 3, "target_modules": ["query"], "init_lora_weights": False}
-    get_peft_model(Net(), LoraConfig(use_dora=True, **options)).save_pretrained(tmp_path)
-    kohya = write(tmp_path / "kohya" / "lora.pt", one_layer(alpha=torch.tensor(2.0), dora_scale=torch.ones(5, 1)))
-    for file in (tmp_path / "adapter_model.safetensors", kohya):
-        spectra = dsire.file_spectra(file)
-        assert [note.partition(":")[0] for note in spectra.notes] == ["DoRA without its base"]
-        assert (spectra.method, {voter.matrix for voter in spectra.voters}) == ("DoRA", {"A", "B"})
-
-
 # Shapes, dtypes, containers
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_dtypes(dtype: str, ending: str, tmp_path: Path) -> None:
-    lora = {"x": (torch.randn(3, 8).to(getattr(torch, dtype)), torch.randn(5, 3).to(getattr(torch, dtype)))}
-    found = dsire.file_spectra(write(tmp_path / f"lora{ending}", by_hand("LoRA-WiSE", lora, 1)))
-    assert found.values.dtype == torch.float64
-    assert_spectra(found, spectra_by_the_book(lora, 1))
+    """And their ends: the smallest that aren't subnormal, and the largest, of which a product may overflow."""
+    kind = getattr(torch, dtype)
+    for number in (1, torch.finfo(kind).tiny, torch.finfo(kind).max / 64, float("inf")):
+        tensors = {key: (number * tensor.double()).to(kind) for key, tensor in one_layer().items()}
+        file = write(tmp_path / f"lora{ending}", tensors)
+        a, b = tensors.values()
+        if not (b.double() @ a.double()).isfinite().all():
+            refusal(file, "finite")
+            continue
+        found = dsire.file_spectra(file)
+        assert found.values.dtype == torch.float64
+        assert_spectra(found, {"x": (a, b)})
 
 
 @pytest.mark.parametrize("name", ["plain.bin", "parameters.PT", "views.pth", "old.ckpt", "LORA.SAFETENSORS"])

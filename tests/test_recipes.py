@@ -1,12 +1,11 @@
 """How sure: label-conditional sets, the check that a file is of a labelled recipe and size, and what is said of it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from fractions import Fraction
 
 import pytest
 import torch
+from conftest import spectra_of
 from torch import Tensor
 
 import dsire
@@ -14,19 +13,15 @@ import dsire
 SIZES = (1, 4, 16)
 
 
-def made_up(
-    micro_datasets: int, seed: int = 0, factor: float = 1.0, recipe: str = "", voters: int = 6
-) -> dsire.Spectra:
+def made_up(count: int, seed: int = 0, factor: float = 1.0, recipe: str = "", voters: int = 6) -> dsire.Spectra:
     """Norms that shrink with the size, times a factor of the recipe, under a noise of the model's own."""
     draw = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor(SIZES * micro_datasets)
-    names = [number for number in range(micro_datasets) for _ in SIZES]
+    sizes = torch.tensor(SIZES * count)
+    names = [number for number in range(count) for _ in SIZES]
     noise = 0.1 * torch.randn(voters, len(sizes), 1, generator=draw, dtype=torch.float64)
     spectrum = torch.tensor([2.0, 1.0], dtype=torch.float64)
     values = factor * spectrum * sizes.double()[:, None] ** -0.3 * noise.exp()
-    order = [dsire.Voter(f"layer_{row // 3}", dsire.MATRICES[row % 3]) for row in range(voters)]
-    shapes = {voter.layer: [3, 3, 2] for voter in order}
-    return dsire.Spectra(values, sizes, names, order, shapes, recipes=[recipe] * len(names) if recipe else [])
+    return dsire.replace(spectra_of(values, sizes.tolist(), names), recipes=[recipe] * len(names) if recipe else [])
 
 
 def together(*parts: dsire.Spectra) -> dsire.Spectra:
@@ -48,10 +43,7 @@ def holds(one: dsire.Estimate, size: int, predictor: str) -> bool:
     return bool(ends) and ends[0] <= size <= ends[-1] if predictor == "log-regression" else size in ends
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Sets
-
-
 def vote_shares(train: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
     """Size -> share of the voters whose nearest training model has it; values [voters, r] of one model."""
     far = torch.linalg.vector_norm(train.values - values[:, None], dim=-1)
@@ -60,10 +52,7 @@ def vote_shares(train: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
 
 
 def p_by_the_book(fitted: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
-    """Size -> p, one model and one comparison after the other: the share of micro-datasets that are no less strange.
-
-    The new model is one of them, and a micro-dataset with several models of the size counts with their share.
-    """
+    """Size -> p: the share of micro-datasets that are no less strange; one counts with the share of its models."""
     new, strange = vote_shares(fitted, values), {size: defaultdict(list) for size in SIZES}
     for model, (name, size) in enumerate(zip(fitted.names, fitted.sizes.tolist(), strict=True)):
         rest = fitted.of_models(torch.tensor([its != name for its in fitted.names]))
@@ -72,14 +61,11 @@ def p_by_the_book(fitted: dsire.Spectra, values: Tensor) -> dict[int, Fraction]:
     return {size: (1 + sum(its)) / Fraction(len(its) + 1) for size, its in shares.items()}
 
 
-def a_size_in_one_micro_dataset() -> dsire.Spectra:
-    """While that one is left out, nobody votes for the size; another micro-dataset has each size twice."""
-    whole = made_up(5)
-    fitted = whole.of_models((whole.sizes < SIZES[-1]) | (whole.micro_datasets == 2))
-    return dsire.replace(fitted, names=[max(name, 1) for name in fitted.names])
-
-
-FITTED = [*map(made_up, (2, 3, 6, 9)), a_size_in_one_micro_dataset()]
+# one size in one micro-dataset, while which is left out nobody votes for it; another micro-dataset has each size twice
+WHOLE = made_up(5)
+UNEVEN = WHOLE.of_models((WHOLE.sizes < SIZES[-1]) | (WHOLE.micro_datasets == 2))
+UNEVEN = dsire.replace(UNEVEN, names=[max(name, 1) for name in UNEVEN.names])
+FITTED = [*map(made_up, (2, 3, 6, 9)), UNEVEN]
 
 
 @pytest.mark.parametrize("fitted", FITTED, ids=lambda its: f"{its.count} of {len(its.names)}")
@@ -95,7 +81,7 @@ def test_a_set_is_that_of_its_formula_in_exact_fractions(fitted: dsire.Spectra) 
 def test_a_size_that_is_not_labelled_is_compared_with_the_nearest_one_that_is() -> None:
     """Of 1 and 16, 3 is nearer to 1 and 5 to 16 (in log). Left-out models of 1 were told 8, those of 16 16."""
     sizes, labelled = torch.tensor([1, 16, 1, 16]), torch.tensor([1, 16])
-    fitted = dsire.Spectra(torch.ones(1, 4, 1), sizes, [0, 0, 1, 1], [], {})
+    fitted = spectra_of(torch.ones(1, 4, 1), sizes.tolist(), [0, 0, 1, 1])
     left_out = dsire.Prediction(sizes, labelled, torch.zeros(4, 2), torch.tensor([8.0, 16, 8, 16], dtype=torch.float64))
     new = dsire.Prediction(sizes[:1], labelled, torch.zeros(1, 2), torch.tensor([4.0], dtype=torch.float64))
     assert dsire.conformal_p(fitted, left_out, new, torch.tensor([3, 5])).tolist() == [[1, pytest.approx(1 / 3)]]
@@ -103,11 +89,7 @@ def test_a_size_that_is_not_labelled_is_compared_with_the_nearest_one_that_is() 
 
 @pytest.mark.parametrize("predictor", ["dsire", "log-ridge", "log-regression"])
 def test_every_size_is_covered(predictor: str) -> None:
-    """Ten times 20 micro-datasets to label and 10 more to ask, all exchangeable.
-
-    With 20 models of a size the share that is held has a standard deviation of 6.5 % (a beta distribution of 19 and 2),
-    beside that of ten new ones, 9.5 %: over ten draws 3.6 %.
-    """
+    """A draw deviates by 6.5 % (a beta distribution of 19 and 2), the ten models asked by 9.5 %: ten draws by 3.6 %."""
     held: dict[int, list[bool]] = {size: [] for size in SIZES}
     for turn in range(10):
         fitted, new = made_up(20, seed=100 + turn), made_up(10, seed=200 + turn)
@@ -155,16 +137,13 @@ def test_sets_and_check_on_left_out_shipped_models(shipped: dsire.Spectra) -> No
 
 
 def test_few_micro_datasets_are_said() -> None:
-    def said(micro_datasets: int) -> list[str]:
-        its = made_up(micro_datasets)
-        return dsire.what_can_be_supported(its, 0.9)
-
-    sets, check = said(4)
+    said = {count: dsire.what_can_be_supported(made_up(count), 0.9) for count in (1, 2, 3, 4, 9)}
+    sets, check = said[4]
     assert all(part in sets for part in ("4 micro-datasets", "80%", "9 or more"))
     assert "19 models or more" in check
-    assert said(9) == []
-    assert "one micro-dataset only" in said(1)[0]
-    assert not any("by 0" in text for number in (1, 2, 3) for text in said(number))
+    assert said[9] == []
+    assert "one micro-dataset only" in said[1][0]
+    assert not any("by 0" in text for number in (1, 2, 3) for text in said[number])
 
 
 @pytest.mark.parametrize("predictor", ["log-ridge", "log-regression"])
@@ -178,10 +157,7 @@ def test_where_nothing_is_known_no_set_leaves_a_size_out_by_rounding(predictor: 
     assert one.recipe_p == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The check
-
-
 def test_p_is_not_too_small_for_one_more_of_the_labelled() -> None:
     """200 new models: p is at or below a bound no more often than the bound says (three standard errors)."""
     new = torch.cat([p_of(made_up(12, seed=2 * turn), made_up(4, seed=2 * turn + 1)) for turn in range(16)])
@@ -198,7 +174,6 @@ def test_one_kind_of_matrix_alone_is_seen_and_named(matrix: str, factor: float) 
     wrong = dsire.replace(new, values=torch.where(rows[:, None, None], factor, 1) * new.values)
     for one in dsire.estimates(fitted, files_of(wrong), "log-ridge", 0.9):
         assert one.status == "not comparable"
-        assert one.recipe_p is not None
         assert one.recipe_p <= 0.05
         assert "not comparable" in one.first[0]
         if not 0.1 < factor < 10:
@@ -207,23 +182,14 @@ def test_one_kind_of_matrix_alone_is_seen_and_named(matrix: str, factor: float) 
             assert ("another alpha" in one.first[1]) == (matrix == "BA")
 
 
-@pytest.mark.parametrize(
-    ("zero_there", "zero_here", "said"),
-    [
-        (0, 4, "is zero in 4 of 10 layers"),
-        (3, 0, "is zero in all labelled models, and not here, in 3 "),
-        (3, 3, ""),
-    ],
-)
-def test_layers_of_zeros_are_counted(zero_there: int, zero_here: int, said: str) -> None:
-    fitted, new = made_up(12, voters=30), made_up(1, seed=5, voters=30)
-    rows = range(1, 30, 3)  # of B
-    fitted.values[rows[:zero_there]], new.values[rows[:zero_here]] = 0, 0
-    one = dsire.estimates(fitted, files_of(new), "dsire", 0.9)[0]
-    assert [said in text for text in one.first if "zero" in text] == [True] * bool(said)
-
-
-def test_one_layer_alone_is_seen_and_named() -> None:
+def test_layers_of_zeros_are_counted_and_one_layer_alone_is_named() -> None:
+    there = "is zero in all labelled models, and not here, in 3 "
+    for zero_there, zero_here, said in ((0, 4, "is zero in 4 of 10 layers"), (3, 0, there), (3, 3, "")):
+        fitted, new = made_up(12, voters=30), made_up(1, seed=5, voters=30)
+        rows = range(1, 30, 3)  # of B
+        fitted.values[rows[:zero_there]], new.values[rows[:zero_here]] = 0, 0
+        one = dsire.estimates(fitted, files_of(new), "dsire", 0.9)[0]
+        assert [said in text for text in one.first if "zero" in text] == [True] * bool(said)
     fitted, new = made_up(12, voters=30), made_up(1, seed=5, voters=30)
     new.values[4] *= 1e30
     for one in dsire.estimates(fitted, files_of(new), "dsire", 0.9):
@@ -286,10 +252,7 @@ def test_a_kind_of_matrix_that_never_varies_flags_nothing_by_its_rounding(value:
     assert (p_of(fitted, new) <= dsire.NOT_COMPARABLE).double().mean() <= 0.25  # a few of 18 by chance
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Several recipes
-
-
 def test_recipes_of_different_micro_datasets_are_compared() -> None:
     """What can't be told is blank and breaks nothing: a run may have no training model of a recipe."""
     one, other = made_up(6, 0, 1.0, "a"), made_up(6, 1, 3.0, "b")
@@ -308,7 +271,6 @@ def test_recipes_and_sizes_of_one_model_each_do_not_make_all_answers_the_same() 
     parts = [dsire.replace(part, names=[number] * len(SIZES)) for number, part in enumerate(parts)]
     new = made_up(4, seed=99, factor=1.1**3)
     answers = dsire.fitted_ridge(together(*parts), new)[0].answers
-    assert answers is not None
     of_size = [float(answers[new.sizes == size].log().mean()) for size in SIZES]
     assert of_size[0] + 0.5 < of_size[1] < of_size[2] - 0.5
 

@@ -1,45 +1,16 @@
-"""The votes and the protocol: the same as scikit-learn's nearest neighbours, Counter and random.sample."""
+"""The votes and the metrics: the same as scikit-learn's nearest neighbours and Counter, and as by hand."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import Book, Model, split_of
-from hypothesis import given
+from conftest import spectra_of
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
 import dsire
-
-
-def spectra_of(values: torch.Tensor, models: list[Model]) -> dsire.Spectra:
-    """`values` is [voters, models, r]; the voters' names do not matter here."""
-    names, sizes = [name for name, _ in models], torch.tensor([size for _, size in models])
-    return dsire.Spectra(values.double(), sizes, names, [dsire.Voter(str(i), "A") for i in range(len(values))], {})
-
-
-def test_every_vote_and_prediction_on_the_shipped_subset(shipped: dsire.Spectra, shipped_by_the_book: Book) -> None:
-    models, expected = shipped_by_the_book
-    assert list(zip(shipped.names, shipped.sizes.tolist(), strict=True)) == models
-    runs = dsire.splits(shipped.micro_datasets, dsire.Protocol(experiments=10, train_size=15, seed=42))
-    votes = dsire.votes_of(shipped, [split_of(reference.train, reference.test) for reference in expected])
-    for run, found, its_votes, reference in zip(runs, dsire.dsire(shipped, runs), votes, expected, strict=True):
-        assert run.test.tolist() == reference.test
-        assert its_votes[0].tolist() == reference.votes.tolist()
-        assert found.sizes.tolist() == reference.predicted
-        assert found.shares.max(-1).values.tolist() == pytest.approx(reference.shares)
-
-
-def models_that_share_spectra() -> tuple[np.ndarray, list[Model]]:
-    """Whole numbers [voters, models, r], of which squares are exact; equal spectra belong to models of any size."""
-    draw = np.random.default_rng(0)
-    values = draw.integers(0, 1000, size=(5, 300, 4))
-    values[1] = draw.integers(0, 4, size=(300, 4))  # near ones are many
-    values[2] = values[2, draw.integers(0, 100, size=300)]  # three models share each, in the mean
-    values[3] = values[3, 0]
-    values[4] += 2**30  # squares of differences are exact, but not differences of squares
-    return values, list(zip(draw.integers(0, 40, 300).tolist(), draw.choice([1, 5, 20], 300).tolist(), strict=True))
 
 
 def by_brute_force(values: np.ndarray, run: dsire.Split) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +24,16 @@ def by_brute_force(values: np.ndarray, run: dsire.Split) -> tuple[np.ndarray, np
 def test_votes_of_models_that_share_spectra(monkeypatch: pytest.MonkeyPatch, distances_at_once: int) -> None:
     """In blocks of any size, for all experiments together and for each alone, the first of the nearest is asked."""
     monkeypatch.setattr(dsire, "DISTANCES_AT_ONCE", distances_at_once)
-    values, models = models_that_share_spectra()
-    spectra, sizes = spectra_of(torch.from_numpy(values), models), np.array([size for _, size in models])
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 1000, size=(5, 300, 4))  # whole numbers, of which squares are exact
+    values[1] = draw.integers(0, 4, size=(300, 4))  # near ones are many
+    values[2] = values[2, draw.integers(0, 100, size=300)]  # three models share each, in the mean
+    values[3] = values[3, 0]
+    values[4] += 2**30  # squares of differences are exact, but not differences of squares
+    names, sizes = draw.integers(0, 40, 300).tolist(), draw.choice([1, 5, 20], 300)
+    spectra = spectra_of(torch.from_numpy(values), sizes.tolist(), names)
     runs = dsire.splits(spectra.micro_datasets, dsire.Protocol(experiments=4, train_size=15, seed=1))
-    runs.append(split_of([7, 8, 290], range(300)))  # also of the training models themselves
+    runs.append(dsire.Split(torch.tensor([7, 8, 290]), torch.arange(300)))  # also of the training models themselves
     compared = by_brute_force(values, runs[0])[1].mean(1)
     assert compared[0] > 0.99
     assert 0.1 < compared[1:3].min() <= compared[1:3].max() < 0.9
@@ -78,10 +55,10 @@ def test_nearest_is_that_of_scikit_learn(seed: int, voters: int, models: int, sp
     values = offset + scale * draw.normal(size=(voters, models + 1, rank))
     values[:, models] = 1e8
 
-    def some() -> list[int]:
-        return sorted(draw.choice(models, draw.integers(1, models + 1), replace=False).tolist())
+    def some(*more: int) -> torch.Tensor:
+        return torch.tensor([*sorted(draw.choice(models, draw.integers(1, models + 1), replace=False)), *more])
 
-    runs = [split_of([*some(), models], some()) for _ in range(splits)]
+    runs = [dsire.Split(some(models), some()) for _ in range(splits)]
     for (train, test), found in zip(runs, dsire.nearest(torch.from_numpy(values), runs), strict=True):
         for x, its in zip(values, found.tolist(), strict=True):
             fitted = NearestNeighbors(n_neighbors=1).fit(x[train.numpy()])
@@ -89,25 +66,20 @@ def test_nearest_is_that_of_scikit_learn(seed: int, voters: int, models: int, sp
             assert its == train[expected].tolist()
 
 
-@given(st.integers(1, 12), st.data())
-def test_majority_is_that_of_counter(voters: int, data: st.DataObject) -> None:
-    votes = data.draw(
-        st.lists(st.lists(st.sampled_from([1, 10, 20]), min_size=voters, max_size=voters), min_size=1, max_size=4)
-    )
+@given(st.lists(st.sampled_from([1, 10, 20]), min_size=1, max_size=48), st.sampled_from([1, 2, 4]))
+@example([20, 10, 10, 20, 10, 20, 20, 10], 2)  # ties go to the size that was voted first
+def test_majority_is_that_of_counter(ballots: list[int], models: int) -> None:
+    voters = -(-len(ballots) // models)
+    votes = np.resize(ballots, (models, voters)).tolist()
     said = dsire.majority(torch.tensor(votes).T.contiguous(), torch.tensor([1, 10, 20]))
     assert said.sizes.tolist() == [Counter(ballots).most_common(1)[0][0] for ballots in votes]
     assert said.candidates.tolist() == [1, 10, 20]
     assert said.shares.tolist() == [[ballots.count(size) / voters for size in (1, 10, 20)] for ballots in votes]
 
 
-def test_a_tie_goes_to_the_size_that_was_voted_first() -> None:
-    votes = torch.tensor([[5, 2, 1], [2, 5, 2], [2, 5, 5], [5, 2, 2]])  # [voters, models]
-    assert dsire.majority(votes, torch.tensor([1, 2, 5])).sizes.tolist() == [5, 2, 2]
-
-
 def test_micro_datasets_are_numbered_by_sorted_name() -> None:
     """Integers sort as integers: 9 before 10; of some models, those that are there are numbered anew."""
-    spectra = spectra_of(torch.arange(5).view(1, 5, 1), [(name, 1) for name in (10, 9, 2, 10, 2)])
+    spectra = spectra_of(torch.arange(5).view(1, 5, 1), names=(10, 9, 2, 10, 2))
     assert (spectra.micro_datasets.tolist(), spectra.count) == ([2, 1, 0, 2, 0], 3)
     for chosen in (torch.tensor([0, 2, 3]), torch.tensor([True, False, True, True, False])):
         some = spectra.of_models(chosen)
@@ -116,10 +88,7 @@ def test_micro_datasets_are_numbered_by_sorted_name() -> None:
 
 
 def test_metrics_by_hand() -> None:
-    """Errors 0, 1, 2 and 10 of 1, 2, 4 and 20: MAE 13 / 4, MAPE (0 + 1/2 + 1/2 + 1/2) / 4, one of four is right.
-
-    The standard deviation is that of a population.
-    """
+    """Errors 0, 1, 2 and 10 of 1, 2, 4 and 20: MAPE (0 + 1/2 + 1/2 + 1/2) / 4. The deviation is a population's."""
     mae, mape, accuracy = dsire.metrics(torch.tensor([1, 2, 4, 20]), torch.tensor([1, 3, 2, 10]))
     assert (mae, mape, accuracy) == (pytest.approx(3.25), pytest.approx(37.5), pytest.approx(25))
     experiments = [dsire.Metrics(1, 10, 50), dsire.Metrics(3, 10, 70)]

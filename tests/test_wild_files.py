@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import dsire
 
 A, B = torch.randn(2, 6, generator=torch.Generator().manual_seed(1)), torch.arange(10.0).view(5, 2) - 3
-DOWN, UP = "lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"
+DOWN = "lora_unet_x.lora_down.weight"
 UNSTATED = "alpha is not stated"
+CALLED_ALPHA = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha", "unet.lora_alpha")
 LARGEST = float(np.linalg.svd((B.double() @ A.double()).numpy(), compute_uv=False)[0])  # of the full matrix
 
 
@@ -40,21 +41,20 @@ def assert_scales(file: Path, *unstated: str, **scales: float) -> None:
 
 
 # What is a layer's name
-@pytest.mark.parametrize(
-    ("ldm", "diffusers"),
-    [
-        ("input_blocks.2.0.in_layers.2", "down_blocks.0.resnets.1.conv1"),
-        ("input_blocks.3.0.op", "down_blocks.0.downsamplers.0.conv"),
-        ("input_blocks.11.0.out_layers.3", "down_blocks.3.resnets.1.conv2"),
-        ("middle_block.0.emb_layers.1", "mid_block.resnets.0.time_emb_proj"),
-        ("middle_block.2.in_layers.2", "mid_block.resnets.1.conv1"),
-        ("output_blocks.2.1.conv", "up_blocks.0.upsamplers.0.conv"),
-        ("output_blocks.9.0.skip_connection", "up_blocks.3.resnets.0.conv_shortcut"),
-        ("output_blocks.11.1.transformer_blocks.0.ff.net.2", "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.2"),
-    ],
-)
-def test_names_of_ldm_in_sd_1_5(ldm: str, diffusers: str) -> None:
+LDM = """input_blocks.2.0.in_layers.2 down_blocks.0.resnets.1.conv1
+input_blocks.3.0.op down_blocks.0.downsamplers.0.conv
+input_blocks.11.0.out_layers.3 down_blocks.3.resnets.1.conv2
+middle_block.0.emb_layers.1 mid_block.resnets.0.time_emb_proj
+middle_block.2.in_layers.2 mid_block.resnets.1.conv1
+output_blocks.2.1.conv up_blocks.0.upsamplers.0.conv
+output_blocks.9.0.skip_connection up_blocks.3.resnets.0.conv_shortcut
+output_blocks.11.1.transformer_blocks.0.ff.net.2 up_blocks.3.attentions.2.transformer_blocks.0.ff.net.2"""
+
+
+@pytest.mark.parametrize("names", LDM.splitlines())
+def test_names_of_ldm_in_sd_1_5(names: str) -> None:
     """Worked out by hand from the two definitions of the network."""
+    ldm, diffusers = names.split()
     for path in (f"model.diffusion_model.{ldm}", f"lora_unet_{ldm.replace('.', '_')}"):
         assert dsire.layer_name(path) == dsire.layer_name(f"unet.{diffusers}") == diffusers.replace(".", "_")
 
@@ -72,19 +72,20 @@ def test_prefixes_of_wrappers_are_stripped(prefix: str) -> None:
     assert dsire.layer_name("transformer_2.blocks.0.attn1.to_q") == "transformer_2_blocks_0_attn1_to_q"
 
 
-@pytest.mark.parametrize(
-    ("network", "names"),
-    [
-        ("text_encoder.", "text_encoders.clip_l.transformer. lora_te_ lora_te1_ lora_prior_te_ clip_l.transformer."),
-        ("text_encoder.", "cond_stage_model.transformer. conditioner.embedders.0.transformer. module.text_encoder."),
-        ("text_encoder_2.", "text_encoders.clip_g.transformer. lora_te2_"),
-        ("text_encoder_3.", "text_encoders.t5xxl.transformer. lora_te3_"),
-    ],
-)
-def test_text_encoders_of_all_writers(network: str, names: str) -> None:
-    for name in (*names.split(), network):
+CLIP_L = """text_encoders.clip_l.transformer. lora_te_ lora_te1_ lora_prior_te_ clip_l.transformer. text_encoder.
+cond_stage_model.transformer. conditioner.embedders.0.transformer. module.text_encoder."""
+TEXT_ENCODERS = {
+    "text_encoder": CLIP_L.split(),
+    "text_encoder_2": ["text_encoders.clip_g.transformer.", "lora_te2_", "text_encoder_2."],
+    "text_encoder_3": ["text_encoders.t5xxl.transformer.", "lora_te3_", "text_encoder_3."],
+}
+
+
+@pytest.mark.parametrize("network", TEXT_ENCODERS)
+def test_text_encoders_of_all_writers(network: str) -> None:
+    for name in TEXT_ENCODERS[network]:
         for inner in ("layers.0.q_proj", "text_model.layers.0.q_proj"):  # CLIP has it or not
-            assert dsire.layer_name(name + inner) == network.replace(".", "_") + "layers_0_q_proj"
+            assert dsire.layer_name(name + inner) == f"{network}_layers_0_q_proj"
 
 
 @pytest.mark.parametrize("keys", ["lora_A lora_B", "lora_A.default lora_B.default"])
@@ -124,10 +125,7 @@ def as_json(**said: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("header", "scale"),
     [
-        *(
-            ({key: "3.0", "rank": "2", "ss_network_dim": "2"}, 1.5)
-            for key in ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha", "unet.lora_alpha")
-        ),
+        *(({key: "3.0", "rank": "2", "ss_network_dim": "2"}, 1.5) for key in CALLED_ALPHA),
         ({"lora_alpha": "3", "use_rslora": "True"}, 3 / 2**0.5),
         ({"alpha": "None", "rank": "2"}, None),
         *(({f"{other}.lora_alpha": "3"}, None) for other in ("text_encoder", "ema", "training", "modelspec")),

@@ -1,6 +1,7 @@
 """Folders and datasets as people have them: which files are read, which belong together, and what is said."""
 
 import argparse
+import fcntl
 import pickle
 import unicodedata
 from decimal import Decimal
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import BOMB, LAYERS, Run, models_of, table_of, write_folder, write_labelled
+from conftest import BOMB, LABELLED, LAYERS, Run, models_of, table_of, write_folder, write_labelled
 from lora_writers import write_model
 from safetensors.torch import save_file
 
@@ -28,15 +29,6 @@ def write_parquet(folder: Path, table: pa.Table | None = None, name: str = "trai
     return folder
 
 
-def write_wise(folder: Path, subset: str = "low_4") -> Path:
-    return write_folder(folder, [table_of(models_of(4, SIZES))], subset=subset)
-
-
-def add_config(folder: Path, name: str, files: str) -> None:
-    card = (folder / "README.md").read_text().removesuffix("---\n")
-    (folder / "README.md").write_text(f"{card}- config_name: {name}\n  data_files: {files}\n---\n")
-
-
 def spectra_of(folder: Path, cache: Path) -> dsire.Spectra:
     source = dsire.find_source(str(folder), None, None, cache)
     return dsire.subset_spectra(source, dsire.rank_of(source, None)[0], cache)
@@ -50,7 +42,7 @@ def note_of(notes: list[str], *parts: str) -> bool:
 # Parquet: labels, names, columns, the rank
 def test_numbers_that_stand_for_names_are_refused(run: Run, tmp_path: Path) -> None:
     """The numbers of classes would pass for sizes; README.md, or the parquet itself, says that they are none."""
-    folder = write_wise(tmp_path / "wise")
+    folder = write_folder(tmp_path / "wise", [models_of(4, SIZES)])
     card = (folder / "README.md").read_text()
     classes = "  - name: label\n    dtype:\n      class_label:\n        names:\n          '0': '10'\n"
     (folder / "README.md").write_text(card.replace("  - name: label\n    dtype: string\n", classes))
@@ -96,7 +88,7 @@ def test_labels_and_names_that_are_none(column: str, values: list[Any]) -> None:
 
 @pytest.mark.parametrize("subset", ["fold_2", "mine", "low_2"])
 def test_the_rank_of_a_name(subset: str, run: Run, tmp_path: Path) -> None:
-    folder = write_wise(tmp_path / "wise", subset)
+    folder = write_folder(tmp_path / "wise", [models_of(4, SIZES)], subset)
     assert subset == "low_2" or run("--dataset", folder).says(subset, "--rank")
     outcome = run("--dataset", folder, "--rank=4", "--train_size=2")
     assert outcome.code == 0, outcome.err
@@ -120,10 +112,11 @@ def test_parquet_that_no_split_names_is_counted(run: Run, tmp_path: Path) -> Non
 
 
 def test_other_subsets_are_not_left_out(run: Run, tmp_path: Path) -> None:
-    folder = write_wise(tmp_path / "wise")
+    folder = write_folder(tmp_path / "wise", [models_of(4, SIZES)])
     write_parquet(folder / "low" / "8")
-    add_config(folder, "low_8", "low/8/*")
-    add_config(folder, "texts", "t.csv")
+    configs = "- {config_name: low_8, data_files: low/8/*}\n- {config_name: texts, data_files: t.csv}\n---\n"
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.removesuffix("---\n") + configs)
     (folder / "t.csv").write_text("a,b\n")
     for hidden in ("._train-00000-of-00001.parquet", ".train-0.parquet"):
         (folder / "low" / "4" / hidden).write_bytes(b"macOS")
@@ -136,7 +129,7 @@ def test_other_subsets_are_not_left_out(run: Run, tmp_path: Path) -> None:
 
 
 def test_stars_in_a_readme_are_no_aliases(run_anew: Run, tmp_path: Path) -> None:
-    folder = write_wise(tmp_path / "wise")
+    folder = write_folder(tmp_path / "wise", [models_of(4, SIZES)])
     card = (folder / "README.md").read_text().replace("---\n", "---\ndescription: R&D is *new*, AT &T\n", 1)
     for text in (f"{card}\n*Not* - *an alias*\n- &neither\n", "*Only* - *text*\n", f"\n\n{card}"):
         (folder / "README.md").write_text(text)
@@ -160,34 +153,36 @@ def test_any_place_will_do(place: str, run: Run, tmp_path: Path) -> None:
     assert "default: 12 models" in outcome.out
 
 
-def test_loras_beside_the_parquet_of_their_images(run: Run, tmp_path: Path) -> None:
+def test_what_is_not_listed_is_not_read(run: Run, tmp_path: Path) -> None:
+    """Parquet of images, a trainer's files, and empty tensors."""
     own = write_labelled(tmp_path / "own")
+    before = run("--dataset", own, "--train_size=2")
+    assert "own: 9 models" in before.out
     write_parquet(own / "images", pa.table({"image": [b"x"], "label": [3]}))
     outcome = run("--dataset", own, "--train_size=2")
-    assert "own: 9 models" in outcome.out
     assert note_of(outcome.report["notes"], "not in metadata.csv", "1 file", "images/train.parquet")
+    for name in ("optimizer.bin", "scheduler.pt"):
+        torch.save({"base_lrs": [1e-4], "state": {}}, own / name)
+    (own / "rng_state.pth").write_bytes(pickle.dumps(argparse.Namespace(lr=1e-4)))
+    save_file({DOWN: torch.empty(0), UP: torch.empty(0)}, own / "zero3.safetensors")
+    outcome = run("--dataset", own, "--train_size=2")
+    assert (outcome.code, outcome.err, outcome.predictions) == (0, "", before.predictions)
+    assert note_of(outcome.report["notes"], "not in metadata.csv", "5 files", "such as ")
     (own / "metadata.csv").unlink()
     assert run("--dataset", own).says("write metadata.csv with file_name, label, name", "--subset")
     (own / "images" / "train.parquet").unlink()
     assert run("--dataset", own).says("no parquet", "write metadata.csv with file_name, label, name")
 
 
-def test_what_is_not_listed_is_not_read(run: Run, tmp_path: Path) -> None:
-    own = write_labelled(tmp_path / "own")
-    before = run("--dataset", own, "--train_size=2").predictions
-    for name in ("optimizer.bin", "scheduler.pt"):
-        torch.save({"base_lrs": [1e-4], "state": {}}, own / name)
-    (own / "rng_state.pth").write_bytes(pickle.dumps(argparse.Namespace(lr=1e-4)))
-    save_file({DOWN: torch.empty(0), UP: torch.empty(0)}, own / "zero3.safetensors")
-    outcome = run("--dataset", own, "--train_size=2")
-    assert (outcome.code, outcome.err, outcome.predictions) == (0, "", before)
-    assert note_of(outcome.report["notes"], "not in metadata.csv", "4 files", "such as ")
-
-
-def test_a_link_to_nothing_is_said(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "link").mkdir()
-    (tmp_path / "link" / "train.parquet").symlink_to("nowhere")
-    assert run("--dataset", tmp_path / "link", "--rank=4").says("train.parquet", "No such file")
+def test_a_link_to_nothing_is_said_and_what_another_leads_to_is_not_printed(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("hunter2:x:0:0\n")
+    for name, target in (("train.parquet", "nowhere"), ("metadata.csv", tmp_path / "secret")):
+        (tmp_path / name[:5]).mkdir()
+        (tmp_path / name[:5] / name).symlink_to(target)
+    assert run("--dataset", tmp_path / "train", "--rank=4").says("train.parquet", "No such file")
+    outcome = run("--dataset", tmp_path / "metad")
+    assert outcome.says("metadata.csv needs rows")
+    assert "hunter2" not in outcome.err
 
 
 # metadata.csv
@@ -239,15 +234,6 @@ def test_metadata_csv_says_what_was_found(text: str, parts: list[str], run: Run,
     assert run("--dataset", own).says("" if "sub/no" in text else "metadata.csv", *parts)
 
 
-def test_a_link_to_something_else_is_not_printed(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("hunter2:x:0:0\n")
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "metadata.csv").symlink_to(tmp_path / "secret")
-    outcome = run("--dataset", tmp_path / "own")
-    assert outcome.says("metadata.csv needs rows")
-    assert "hunter2" not in outcome.err
-
-
 def test_the_base_among_the_labelled_files(run: Run, tmp_path: Path) -> None:
     """It is one more file, and untrained."""
     own = tmp_path / "own"
@@ -288,6 +274,27 @@ def test_labels_are_not_of_the_cache(tmp_path: Path) -> None:
     assert after.values.equal(before.values)
 
 
+@pytest.mark.parametrize("prefix", ["", "x" * 230])
+def test_a_whole_cache_is_enough_where_nothing_can_be_written(prefix: str, run: Run, tmp_path: Path) -> None:
+    """Files have names of any length. Root may write everywhere, so that nothing has to be tried at all."""
+    own, cache = write_labelled(tmp_path / "own", prefix=prefix), tmp_path / "cache"
+    first = run("--dataset", own, "--train_size=2")
+    assert first.code == 0, first.err
+    assert len([*cache.glob("spectra/*.safetensors")]) == len(LABELLED)
+    found = [cache, *cache.rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in found}
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in ((dsire, "file_spectra"), (dsire, "write_spectra"), (fcntl, "flock")):
+            patched.setattr(module, name, None)  # no weights are read, nothing is written or locked
+        for path in found:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        second = run("--dataset", own, "--train_size=2")
+        for path in found:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert (second.code, second.err, second.predictions) == (0, "", first.predictions)
+    assert {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))} == before
+
+
 # Paths
 @pytest.mark.parametrize("option", ["--predict", "--dataset"])
 @pytest.mark.parametrize("name", ["x" * 300, "a/" + "x" * 300, "~nobody-here/x", "a\0b", "own/a10.safetensors/x"])
@@ -296,9 +303,7 @@ def test_names_that_no_disk_has(option: str, name: str, run: Run, tmp_path: Path
     assert run(f"{option}={name}").says("no such" if "/x" not in name or name[:2] != "a/" else "here")
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [("metadata.csv", ["can't be read as a file of spectra", "folder"]), ("a10.safetensors", ["has none", "folder"])],
-)
-def test_a_file_is_no_dataset(name: str, parts: list[str], run: Run, tmp_path: Path) -> None:
-    assert run("--dataset", write_labelled(tmp_path / "own") / name).says(name, *parts)
+def test_a_file_is_no_dataset(run: Run, tmp_path: Path) -> None:
+    own = write_labelled(tmp_path / "own")
+    assert run("--dataset", own / "metadata.csv").says("metadata.csv", "can't be read as a file of spectra", "folder")
+    assert run("--dataset", own / "a10.safetensors").says("a10.safetensors", "has none", "folder")
