@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import spectra_of
+from conftest import Book, spectra_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
@@ -20,10 +20,19 @@ def by_brute_force(values: np.ndarray, run: dsire.Split) -> tuple[np.ndarray, np
     return train[squares.argmin(-1)], (squares == squares.min(-1, keepdims=True)).sum(-1) == 1
 
 
-@pytest.mark.parametrize("distances_at_once", [dsire.DISTANCES_AT_ONCE, 1, 2000, 30_000])
-def test_votes_of_models_that_share_spectra(monkeypatch: pytest.MonkeyPatch, distances_at_once: int) -> None:
-    """In blocks of any size, for all experiments together and for each alone, the first of the nearest is asked."""
-    monkeypatch.setattr(dsire, "DISTANCES_AT_ONCE", distances_at_once)
+def test_every_vote_and_prediction_on_the_shipped_subset(shipped: dsire.Spectra, shipped_by_the_book: Book) -> None:
+    _, expected = shipped_by_the_book
+    runs = dsire.splits(shipped.micro_datasets, dsire.Protocol(experiments=10, train_size=15, seed=42))
+    every = zip(runs, dsire.votes_of(shipped, runs), dsire.dsire(shipped, runs), expected, strict=True)
+    for run, (votes, _), found, reference in every:
+        assert (run.train.tolist(), run.test.tolist()) == (reference.train, reference.test)
+        assert votes.tolist() == reference.votes.tolist()
+        assert found.sizes.tolist() == reference.predicted
+        assert found.shares.max(-1).values.tolist() == pytest.approx(reference.shares)
+
+
+def test_votes_of_models_that_share_spectra() -> None:
+    """For all experiments together and for each alone, the first of the nearest is asked."""
     draw = np.random.default_rng(0)
     values = draw.integers(0, 1000, size=(5, 300, 4))  # whole numbers, of which squares are exact
     values[1] = draw.integers(0, 4, size=(300, 4))  # near ones are many
