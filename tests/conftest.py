@@ -248,9 +248,10 @@ def fetched(hub: HubStandIn) -> list[str]:
 
 # The whole method once more, by the book: full products, scikit-learn, Counter
 class Reference(NamedTuple):
-    """An experiment by the book: the test models, and for each what most voters say and their share."""
+    """An experiment by the book: the test models, the votes on them [voters, test], what most say, and their share."""
 
     test: list[int]
+    votes: np.ndarray
     predicted: list[int]
     shares: list[float]
 
@@ -283,7 +284,7 @@ def reference_experiments(models: list[Model], voters: list[np.ndarray], experim
         votes = np.stack([KNeighborsClassifier(1).fit(x[train], sizes[train]).predict(x[test]) for x in voters])
         winners = [Counter(ballots.tolist()).most_common(1)[0] for ballots in votes.T]
         shares = [count / len(voters) for _, count in winners]
-        results.append(Reference(test, [size for size, _ in winners], shares))
+        results.append(Reference(test, votes, [size for size, _ in winners], shares))
     return results
 
 
