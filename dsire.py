@@ -44,9 +44,13 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() runs, Ctrl-C ends the imports without a traceback
 
+import joblib  # this, scipy and threadpoolctl come with scikit-learn
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
+from threadpoolctl import threadpool_limits
 from torch import Tensor
+from tqdm import tqdm
 
 LORA_WISE = "MoSalama98/LoRA-WiSE"
 SHIPPED = Path(__file__).resolve().parent / "tests" / "tiny_wise"
@@ -137,16 +141,12 @@ def torchrun(name: str, otherwise: int) -> int:
 
 def cores() -> int:
     """The cores that this process may use: under torchrun its part of the machine's."""
-    import joblib
-
     return max(1, int(joblib.cpu_count()) // max(1, torchrun("LOCAL_WORLD_SIZE", 1)))
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """For many small matrices: a second thread of torch's or NumPy's costs each of them more than it brings."""
-    from threadpoolctl import threadpool_limits
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -158,13 +158,13 @@ def one_thread_each() -> Iterator[None]:
 
 def in_parallel(function: Callable[[Any], T], items: Sequence[Any], at_once: int = 0, name: str = "") -> list[T]:
     """What the function gives for each item, on all cores (or `at_once`), a thread each; `name` is a progress bar's."""
-    from tqdm import tqdm
-
-    with one_thread_each(), ExitStack() as last:
-        pool = ThreadPoolExecutor(min(at_once or cores(), cores()))
-        last.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error, or Ctrl-C, none is waited for
-        results = pool.map(function, items)
-        return list(tqdm(results, desc=name, total=len(items), disable=None if name and items else True))
+    pool = ThreadPoolExecutor(min(at_once or cores(), cores()))
+    try:
+        with one_thread_each():
+            done = pool.map(function, items)
+            return list(tqdm(done, desc=name, total=len(items), disable=None if name and items else True))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, or Ctrl-C, none is waited for
 
 
 # ---- A LoRA layer and its spectra (Section 3.1) ---------------------------------------------------------------------
@@ -212,7 +212,7 @@ def qr_spectra(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     core = s @ r.mT
     # LAPACK's QR may drop a NaN, and its SVD may not return from one
     if not (a.isfinite().all() and b.isfinite().all() and r.isfinite().all() and core.isfinite().all()):
-        raise FloatingPointError("weights that are not finite")
+        raise FloatingPointError("numbers that are not finite, or too large to multiply")
     of_a, of_b, of_ba = (of_rank(torch.linalg.svdvals(matrix), a.shape[-2]) for matrix in (r, s, core))
     return of_a, of_b, of_ba
 
@@ -332,20 +332,20 @@ Predictor = Callable[[Spectra, list[Split]], list[Prediction]]
 
 
 def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
-    """For each split the training model nearest to each test model by each voter, int64 [voters, test models]."""
-    # distances (Euclidean) are exact, each computed once for all splits; of models that are equally far the first one
-    trained = torch.cat([split.train for split in splits]).unique()
-    asked = torch.cat([split.test for split in splits]).unique()
-    columns = [torch.searchsorted(trained, split.train).numpy() for split in splits]
-    rows = [torch.searchsorted(asked, split.test).numpy() for split in splits]
+    """For each split the training model nearest to each test model by each voter, int64 [voters, test models].
+
+    Distances (Euclidean) are exact, each computed once for all splits; of models that are equally far it is the first.
+    """
+    trained, asked = (torch.cat(its).unique() for its in zip(*splits, strict=True))
+    place_in = torch.searchsorted
+    places = [(place_in(asked, test).numpy(), place_in(trained, train).numpy()) for train, test in splits]
 
     def search(voter: int) -> list[Any]:
         # squares of very large or small spectra are out of range; a power of two changes no digit of the others
         middle = float(values[voter, trained].amax(-1).median())
         factor = 2.0 ** min(1000, max(-1000, -math.frexp(middle)[1]))
         squares = squared_distances(values[voter, asked] * factor, values[voter, trained] * factor)
-        every = zip(rows, columns, strict=True)
-        return [train[squares.take(test, axis=0).take(train, axis=1).argmin(1)] for test, train in every]
+        return [columns[squares.take(rows, axis=0).take(columns, axis=1).argmin(1)] for rows, columns in places]
 
     found = in_parallel(search, range(len(values)), DISTANCES_AT_ONCE // (len(asked) * len(trained)) + 1)
     return [trained[torch.from_numpy(np.stack(its))] for its in zip(*found, strict=True)]
@@ -353,8 +353,6 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
 
 def squared_distances(x: Tensor, y: Tensor) -> Any:
     """|x_i - y_j|² of rows x [n, r] and y [m, r]: a NumPy array [n, m]."""
-    from scipy.spatial.distance import cdist  # comes with scikit-learn
-
     return cdist(x.numpy(), y.numpy(), "sqeuclidean")  # not `torch.cdist`: its roots make near ones equal
 
 
@@ -1163,9 +1161,8 @@ def model_labels(table: Any) -> tuple[Tensor, list[Any], list[str]]:
     wrong += [("label", repr(label)) for label in found["label"] if not dataset_size(label)]
     wrong += [("name", repr(name)) for name in found["name"] if type(name) not in (int, str)]
     wrong += [("recipe", "None") for recipe in found.get("recipe", []) if recipe is None]
-    for column, value in wrong:
-        needs = "sizes are whole numbers from 1 up, names text or integers"
-        raise DsireError(f"column {column} holds {shown(value)}: {needs}")
+    if wrong:
+        raise DsireError("column {} holds {:.160}: sizes are whole from 1 up, names text or integers".format(*wrong[0]))
     sizes = torch.tensor([dataset_size(label) for label in found["label"]])
     return sizes, found["name"], [str(recipe) for recipe in found.get("recipe", [])]
 
@@ -1646,24 +1643,24 @@ def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
 def model_files(folder: Path, base: Weights | None = None) -> tuple[list[Path], dict[Path, str]]:
     """The models below a folder, sorted, of shards the first one; and why each other weights file is none."""
     models, others = [], {}
-    safe: set[Path] = set()  # folders with models in safetensors
+    taken: set[Path] = set()  # less the ending
     for path in visible_files(folder, SAFE_ENDINGS) + visible_files(folder, PICKLE_ENDINGS):
-        pickled = path.suffix.lower() in PICKLE_ENDINGS
         if path != next((part for part in parts_of(path) if part.is_file()), path):
             continue
         try:
-            if pickled and path.parent in safe:
-                raise NoLora("a pickle beside safetensors")
-            if pickled and TRAINERS.match(path.name):
+            if path.with_suffix("") in taken:
+                raise NoLora("a file of the same name, with another ending, is taken")
+            if path.suffix.lower() in PICKLE_ENDINGS and TRAINERS.match(path.name):
                 raise NoLora("a trainer's state, by its name")
             lora_layers([*open_model(path).readers], base, path.parent.name)
         except NoLora as error:
             others[path] = str(error)
             continue
-        except (DsireError, OSError):  # that is said later
-            pass
+        except (DsireError, OSError):
+            pass  # that is said later
+        else:
+            taken.add(path.with_suffix(""))
         models.append(path)
-        safe |= set() if pickled else {path.parent}
     return sorted(models), others
 
 
@@ -1697,7 +1694,7 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
     place = path_of(dataset)
     if revision is not None and os.path.exists(place):
         raise DsireError(f"--revision is of a dataset on the Hub, and {place} is here: leave it out")
-    if os.path.isdir(place):
+    if dataset and os.path.isdir(place):
         return folder_source(place, subset)
     match = REPOSITORY.fullmatch(dataset)
     if match and not match[2] and not os.path.exists(place):
@@ -1817,9 +1814,10 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
             "a file_name that is there, once": cells["file_name"] and (folder / name).is_file() and name not in labels,
             "a label that is a whole number from 1 up": size,
             "a name, of its micro-dataset": cells["name"],
+            "quotes around a cell with a comma": not any(row[len(columns) :]),
         }
-        for what in [what for what, has in needs.items() if not has]:
-            raise DsireError(f"{path}: {shown(' '.join(row))!r} needs {what}")
+        if lacks := [what for what, has in needs.items() if not has]:
+            raise DsireError(f"{path}: {shown(' '.join(row))!r} needs {lacks[0]}")
         labels[name] = (size, cells["name"], cells["recipe"])
     return labels
 
@@ -1827,7 +1825,8 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
 def ask_hub(what: str, question: str, *arguments: Any, **options: Any) -> Any:
     """What a question, a method of HfApi, is answered; to try again is huggingface_hub's."""
     with asking(what, "check the network, HF_TOKEN and HF_ENDPOINT"):
-        with redirect_stdout(io.StringIO()):  # what it raises it prints, too
+        # at its import, in the main thread, it prints what it raises; to redirect is not for threads
+        with nullcontext() if "huggingface_hub" in sys.modules else redirect_stdout(io.StringIO()):
             from huggingface_hub import HfApi
         return getattr(HfApi(), question)(*arguments, **options)
 
@@ -1882,10 +1881,10 @@ def fetch(source: Source, shard: Shard, cache: Path) -> Path:
     what, place = f"{shard.file} of {source.dataset}", cache / "hub"
     asked = f"{what} can't be fetched into {place}", "hf_hub_download", source.dataset, shard.file
     options: dict[str, Any] = {"repo_type": source.kind, "revision": source.commit, "cache_dir": place}
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
     for again in (False, True):
         path = Path(ask_hub(*asked, force_download=again, **options))
-        from huggingface_hub.utils.sha import git_hash, sha_fileobj
-
         with path.open("rb") as file:
             digest = sha_fileobj(file).hex() if len(shard.version) == 64 else git_hash(file.read())
         if digest == shard.version:
@@ -1901,6 +1900,7 @@ def located(item: str, cache: Path, kind: str = "model", revision: str | None = 
     if not match or match[1].endswith(WEIGHT_ENDINGS):
         raise DsireError(f"{shown(item) or 'an empty name'}: no such file or folder")
     source = hub_source(match[1], kind, None, match[2], revision, cache)
+    say(*(f"dsire.py: note: {note}" for note in source.notes), file=sys.stderr)
     first, *_ = [fetch(source, shard, cache) for shard in source.shards]
     if match[2]:
         return first, f"{match[1]}:{match[2]}"
@@ -1946,14 +1946,16 @@ def rank_of(source: Source, rank: int | None) -> tuple[int, list[str]]:
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write under a temporary name, then rename: a file that carries its name is whole."""
     half = path.with_name(f".{path.name}.{os.getpid()}.half")
-    with asking(f"{path} can't be written", "what was computed is kept"), ExitStack() as last:
+    with asking(f"{path} can't be written", "what was computed is kept"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        last.callback(half.unlink, missing_ok=True)
-        with half.open("wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
+        try:
+            with half.open("wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+            half.replace(path)
+        finally:
+            half.unlink(missing_ok=True)
 
 
 def write_spectra(path: Path, spectra: Spectra, about: dict[str, Any], dtype: torch.dtype = torch.float64) -> None:
@@ -2019,8 +2021,8 @@ def subset_spectra(
 ) -> Spectra:
     """The spectra of a whole subset: from the cache, and for the shards that it lacks from their weights.
 
-    Any number of processes share the work: torchrun's, other runs, other machines. Each begins at another shard, and
-    computes what is not there yet when it has the shard's lock. Of the two shards that a process has in hand one is
+    torchrun's processes share the work: each begins at another shard, and computes what is not there yet when it has
+    the shard's lock; another run waits for it, or takes over. Of the two shards that a process has in hand one is
     fetched, or waited for, while the other is computed, which needs no second lock: no circle of waiting can close.
     """
     if source.kind == "spectra":
@@ -2035,7 +2037,7 @@ def subset_spectra(
     one_by_one = nullcontext() if many else threading.Lock()
 
     def computed(shard: Shard) -> Spectra:
-        with locked(paths[shard], shard, cache):
+        with locked(paths[shard], shard.version if source.commit else facts[shard], cache):
             if found := cached(paths[shard]):  # by another process, meanwhile
                 return found
             path = fetch(source, shard, cache)
@@ -2066,15 +2068,15 @@ def cached(path: Path) -> Spectra | None:
 
 
 @contextmanager
-def locked(spectra: Path, shard: Shard, cache: Path) -> Iterator[None]:
-    """Hold the lock of a shard's spectra; what a run that was killed has left of them, or of its download, goes."""
+def locked(path: Path, name: str, cache: Path) -> Iterator[None]:
+    """Hold the lock of a shard of this name, or SHA; what a killed run has left of its spectra, or download, goes."""
     from filelock import FileLock
 
-    halves = f"spectra/.*{spectra.stem[-16:]}.*.half", f"hub/*/blobs/{shard.version}.*.incomplete"
+    halves = f"spectra/.*{path.stem[-16:]}.*.half", f"hub/*/blobs/{name}.*.incomplete"
     with ExitStack() as held:
-        with asking(f"{spectra.parent} can't be locked", "give a --cache_dir on another disk"):
+        with asking(f"{path.parent} can't be locked", "give a --cache_dir on another disk"):
             # a file that exists, in place of a lock, would outlive a run that is killed
-            held.enter_context(FileLock(spectra.with_suffix(".lock"), fallback_to_soft=False))
+            held.enter_context(FileLock(path.with_name(f"{name}.lock"), fallback_to_soft=False))
         for half in [half for pattern in halves for half in cache.glob(pattern)]:
             half.unlink(missing_ok=True)
         yield
@@ -2313,7 +2315,7 @@ def settle(arguments: argparse.Namespace) -> list[str]:
     arguments.predictor = arguments.predictor or ("log-ridge" if arguments.predict else "dsire")
     if arguments.dataset is not None:
         return []
-    arguments.subset = arguments.subset or SHIPPED_SUBSET
+    arguments.subset = SHIPPED_SUBSET if arguments.subset is None else arguments.subset
     ships = (SHIPPED / arguments.subset.replace("_", "/")).is_dir()
     arguments.dataset = str(SHIPPED) if ships else LORA_WISE
     what = "ships with the script: LoRAs of a small UNet on 8 x 8 digits, made to test the method at this size"
@@ -2393,8 +2395,6 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
 
 def judged_files(asked: Asked, fitted: Spectra, arguments: argparse.Namespace, base: Weights | None) -> list[Judged]:
     """Each file's estimate and spectra, in the order asked; those that can't be read or matched are refused."""
-    from tqdm import tqdm
-
     files = {name: path for name, path in asked.items() if isinstance(path, Path)}
     largest = max(LARGEST, fitted.values.shape[-1])
     alike: dict[tuple[Any, ...], list[Spectra]] = {}  # files with the same layers are judged together
@@ -2451,7 +2451,7 @@ def predict(
 def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit code, 2 if some of what was asked could not be had."""
     notes, is_first = settle(arguments), not process_rank()
-    base = open_base(arguments.base, arguments.cache_dir) if arguments.base else None
+    base = None if arguments.base is None else open_base(arguments.base, arguments.cache_dir)
     items = arguments.predict if arguments.predict and is_first else []
     asked: Asked = {}
     for item in items:  # before a subset is fetched for nothing
@@ -2468,7 +2468,7 @@ def run(arguments: argparse.Namespace) -> int:
     said = predict(arguments, spectra, settings, asked, base) if items else report(arguments, spectra, settings)
     lines: list[str] = []
     try:  # files are written before anything is printed, in case nobody reads it; what is found is printed in any case
-        lines.extend(said if is_first else [])  # one by one
+        lines.extend(said if is_first else [])  # which keeps those before an error
     finally:
         say(*lines)
     return 2 if any(isinstance(its, Exception) for its in asked.values()) else 0
@@ -2489,7 +2489,7 @@ def main() -> int:
         return 128 + signal.SIGPIPE
     except (DsireError, OSError, RecursionError, MemoryError) as error:
         if process_rank():
-            return 0  # the first process meets the same, and says it
+            return 0  # the first process meets the same, and says it, or does all that is left
         text = error if isinstance(error, DsireError) else f"{shown(error)}; what was computed is kept"
         say(f"dsire.py: error: {text}", file=sys.stderr)
         return 2

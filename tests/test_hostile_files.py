@@ -196,7 +196,7 @@ def test_which_files_of_a_folder_are_models(tmp_path: Path) -> None:
     wanted = ["a/lora.safetensors", "b/lora.bin", "c/self.safetensors", "model-00001-of-00003.safetensors"]
     assert [str(file.relative_to(tmp_path)) for file in models] == wanted
     assert {str(file.relative_to(tmp_path)): why.partition(":")[0] for file, why in others.items()} == {
-        "a/lora.pt": "a pickle beside safetensors",
+        "a/lora.pt": "a file of the same name, with another ending, is taken",
         "b/optimizer.bin": "a trainer's state, by its name",
         "b/other.safetensors": "holds no LoRA, but x.ia3_l",
         "b/lr.pt": "holds no LoRA, and no tensors",

@@ -87,6 +87,15 @@ def test_the_next_shard_is_fetched(run: Run, tmp_path: Path, monkeypatch: pytest
     assert [len(files) for files in on_disk] == [2, 2, 2, 2, 1]
 
 
+def test_shards_of_the_same_bytes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubStandIn) -> None:
+    """On the disk they are one download, which goes only when nobody reads it."""
+    compute = dsire.pair_spectra
+    monkeypatch.setattr(dsire, "pair_spectra", lambda *arguments: time.sleep(0.05) or compute(*arguments))
+    hub.add(write_folder(tmp_path / "twins", [models_of(5)] * 4), "somebody/twins")
+    outcome = run(*SUBSET, "--dataset=somebody/twins")
+    assert outcome.out.startswith("low_4: 120 models, 5 micro-datasets"), outcome.err
+
+
 @pytest.mark.parametrize("times", [1, None])
 def test_a_damaged_shard_is_fetched_anew_once(times: int | None, run: Run, hub: HubStandIn, folder: Path) -> None:
     hub.fails("flip", f"/cdn/*{SECOND}*", times=times)
@@ -164,11 +173,15 @@ def lora(hub: HubStandIn, tmp_path: Path) -> Path:
         ("user/lora:adapter_model.safetensors", ["adapter_model.safetensors"]),
     ],
 )
-def test_models_on_the_hub(item: str, names: list[str], hub: HubStandIn, lora: Path, tmp_path: Path) -> None:
+def test_models_on_the_hub(
+    item: str, names: list[str], hub: HubStandIn, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, left_out = dsire.files_to_predict(item, tmp_path / "cache")
     assert (list(files), left_out) == ([f"user/lora:{name}" for name in names], {})
     hub.stop()
+    assert capsys.readouterr().err == ""
     again, _ = dsire.files_to_predict(item, tmp_path / "cache")
+    assert "going on with commit" in capsys.readouterr().err
     hub.start()
     assert again == files
     for file in files.values():

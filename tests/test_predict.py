@@ -104,7 +104,7 @@ def test_tables(own: Path, tmp_path: Path, run: Run) -> None:
 def test_what_a_folder_holds_besides_is_listed(own: Path, tmp_path: Path, run: Run) -> None:
     write_model(tmp_path / "asked" / "good.safetensors", ("new", 2))
     write(tmp_path / "asked" / "other.safetensors", {"embedding": torch.ones(3, 2)})
-    write_model(tmp_path / "asked" / "pickle.pt", ("new", 2))
+    write_model(tmp_path / "asked" / "good.pt", ("new", 2))
     outcome = run("--dataset", own, "--predict", tmp_path / "asked")
     assert (outcome.code, outcome.err) == (0, "")
     assert [row["status"] for row in table_in(outcome)][1:] == ["refused", "refused"]

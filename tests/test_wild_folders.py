@@ -217,6 +217,7 @@ def test_metadata_csv_as_programs_write_it(text: str, file: str, tmp_path: Path)
         ("file_name,label,name,name\na.safetensors,5,x,y\n", ["name once"]),
         ("file_name,label,name\nb.safetensors,5,x\n", ["b.safetensors 5 x", "is there"]),
         ("file_name,label,name\na.safetensors,5,\n", ["a.safetensors 5", "a name"]),
+        ("file_name,label,name\na.safetensors,5,x,y\n", ["a.safetensors 5 x y", "quotes"]),
         ("file_name,label,name\na.safetensors,0,x\n", ["a.safetensors 0 x", "whole number"]),
         ("file_name,label,name\na.safetensors,5.5,x\n", ["a.safetensors 5.5 x", "whole number"]),
         ("file_name,label,name\na.safetensors,5,x\n./a.safetensors,6,x\n", ["a.safetensors 6 x", "once"]),
@@ -301,6 +302,11 @@ def test_a_whole_cache_is_enough_where_nothing_can_be_written(prefix: str, run: 
 def test_names_that_no_disk_has(option: str, name: str, run: Run, tmp_path: Path) -> None:
     write_labelled(tmp_path / "own")
     assert run(f"{option}={name}").says("no such" if "/x" not in name or name[:2] != "a/" else "here")
+
+
+@pytest.mark.parametrize("option", ["--predict", "--dataset", "--base", "--subset"])
+def test_names_that_are_empty(option: str, run: Run) -> None:
+    assert run(f"{option}=").says("an empty name" if option != "--subset" else "--subset")
 
 
 def test_a_file_is_no_dataset(run: Run, tmp_path: Path) -> None:
