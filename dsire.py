@@ -302,8 +302,6 @@ class Spectra:
         return self.of_voters([voter for voter in self.voters if voter.matrix in matrices])
 
     def of_voters(self, voters: list[Voter]) -> Spectra:
-        if voters == self.voters:
-            return self
         rows = {voter: row for row, voter in enumerate(self.voters)}
         return replace(self, values=self.values[[rows[voter] for voter in voters]], voters=voters)
 
@@ -337,8 +335,7 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
     Distances (Euclidean) are exact, each computed once for all splits; of models that are equally far it is the first.
     """
     trained, asked = (torch.cat(its).unique() for its in zip(*splits, strict=True))
-    place_in = torch.searchsorted
-    places = [(place_in(asked, test).numpy(), place_in(trained, train).numpy()) for train, test in splits]
+    places = [(torch.bucketize(test, asked).numpy(), torch.bucketize(train, trained).numpy()) for train, test in splits]
 
     def search(voter: int) -> list[Any]:
         # squares of very large or small spectra are out of range; a power of two changes no digit of the others
@@ -422,9 +419,10 @@ def gda(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
 
 def fitted_voters(new_estimator: Callable[[], Any], spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """The majority of the training sizes nearest to what one scikit-learn estimator per voter answers."""
-    x, y, found = spectra.values.numpy(), spectra.sizes.numpy(), []
+    every, y, found = spectra.values.numpy(), spectra.sizes.numpy(), []
+    x = [voter for voter in every if np.ptp(voter, axis=0).any()] or every  # what doesn't vary says nothing
     with one_thread_each(), asking("ridge or gda can't be fitted", "label more models, or give a larger --train_size"):
-        for train, test in splits:
+        for train, test in ([its.numpy() for its in split] for split in splits):
             answers = [new_estimator().fit(voter[train], y[train]).predict(voter[test]) for voter in x]
             candidates = spectra.sizes[train].unique()
             found.append(majority(nearest_size(torch.tensor(np.stack(answers)), candidates), candidates))
@@ -1145,7 +1143,7 @@ def together(said: Iterable[tuple[str, str]], count: int, what: str) -> list[str
 
 def dataset_size(label: Any) -> int:
     """The number of images that a label says, as a number of any kind or in digits; 0 if it says none from 1 up."""
-    number = re.fullmatch(r"\s*([0-9]{1,15})(\.0*)?\s*", str(label))
+    number = re.fullmatch(r"\s*([0-9]{1,15})(\.(?!000\s*$)0*)?\s*", str(label))  # 1.000 may be a thousand
     return int(number[1]) if number else 0
 
 
@@ -1154,10 +1152,10 @@ def model_labels(table: Any) -> tuple[Tensor, list[Any], list[str]]:
     columns = [column for column in LABELS if column != "recipe" or column in table.column_names]
     with asking("there must be one column `label` and one `name`, and there may be one `recipe`"):
         found = {column: table.column(column).to_pylist() for column in columns}
-    kinds: Any = {}
-    with suppress(KeyError, TypeError, ValueError, RecursionError):  # no metadata of `datasets`
+    wrong: list[tuple[str, str]] = []
+    with suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):  # no metadata of `datasets`
         kinds = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-    wrong = [(column, "numbers of classes") for column in columns if "names" in kinds.get(column, ())]
+        wrong += [(column, "numbers of classes") for column in columns if "names" in kinds.get(column, ())]
     wrong += [("label", repr(label)) for label in found["label"] if not dataset_size(label)]
     wrong += [("name", repr(name)) for name in found["name"] if type(name) not in (int, str)]
     wrong += [("recipe", "None") for recipe in found.get("recipe", []) if recipe is None]
@@ -1420,7 +1418,6 @@ UNDERSTOOD = re.compile(
     r"|lora_dtype|lorap_lr_ratio|lorap_emb_lr)=.*)"
 )
 # What stands by itself in headers (and in LoHa's configuration), and PEFT's name for it.
-DIFFUSERS = "lora_adapter_metadata"  # JSON in a header
 PEFT_NAMES = {
     **dict.fromkeys(("alpha", "lora_alpha", "network_alpha", "ss_network_alpha"), "lora_alpha"),
     **dict.fromkeys(("r", "rank", "lora_rank", "network_dim", "ss_network_dim"), "r"),
@@ -1436,11 +1433,11 @@ def parsed(text: str) -> Any:
 
 
 def settings_of(weights: Weights, network: str) -> dict[str, Any]:
-    """What the first source that states alpha says of a network, PEFT's name -> value; {} if none does."""
+    """What is said of a network, PEFT's name -> value, by the first source that has it; {} if none states alpha."""
     header, beside = weights.header, weights.files[0].with_name("adapter_config.json")
     plain = {key: parsed(header[key]) for key in sorted(header) if key.rpartition(".")[2] in PEFT_NAMES}
     sources = {"its header": {key: value for key, value in plain.items() if value is not None}}
-    texts: dict[str, Any] = {DIFFUSERS: header.get(DIFFUSERS, "{}")}
+    texts: dict[str, Any] = {"lora_adapter_metadata": header.get("lora_adapter_metadata", "{}")}  # diffusers'
     texts[beside.name] = beside.read_bytes() if beside.is_file() else "{}"  # PEFT's
     for place, text in texts.items():
         with asking(f"{place} is not a JSON object"):
@@ -1458,8 +1455,8 @@ def settings_of(weights: Weights, network: str) -> dict[str, Any]:
                 raise DsireError(f"{place} says that {name} is {shown(own[name])}, and {shown(value)}")
         if own and place in texts:
             own.setdefault("lora_alpha", 8)  # PEFT's default
-        found = found or (own if "lora_alpha" in own else {})
-    return found
+        found = own | found
+    return found if "lora_alpha" in found else {}
 
 
 def scale_of(weights: Weights, parts: dict[str, str], said: dict[str, Any], rank: int | None) -> float | None:
@@ -1636,7 +1633,8 @@ def stated_size(header: dict[str, str]) -> int:
 
 def visible_files(folder: Path, endings: Sequence[str]) -> list[Path]:
     """The files, and links, below a folder with one of these endings, sorted; never hidden ones (macOS' ._name)."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and not path.is_dir())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    paths = sorted(path for path in found if path.is_file() or path.is_symlink() and not path.is_dir())
     return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
@@ -1704,7 +1702,7 @@ def find_source(dataset: str, subset: str | None, revision: str | None, cache: P
         spectra, about = read_spectra(file)
         told = [str(about.get(fact, "")) for fact in ("dataset", "subset", "commit")]
         texts = "".join(map(str, [*told, *spectra.names, *spectra.recipes, *spectra.shapes, spectra.method]))
-        if not texts.isprintable() or spectra.sizes.min() < 1:
+        if not texts.isprintable() or not ((spectra.sizes > 0) & (spectra.sizes < 10**15)).all():
             raise DsireError("can't be right: control characters in names, or a model without a size")
         if subset not in (None, told[1]):
             raise DsireError(f"holds subset {told[1]}, not {subset}: leave --subset out")
@@ -1735,7 +1733,7 @@ def folder_source(folder: Path, subset: str | None) -> Source:
         file = folder / name
         beside = [part for part in (*parts_of(file), file.with_name("adapter_config.json")) if part.is_file()]
         facts = [part.stat() for part in dict.fromkeys([file, *beside])]  # of all that decides its spectra
-        version = "-".join(str(fact.st_mtime_ns) for fact in facts)
+        version = "-".join(f"{fact.st_mtime_ns}-{fact.st_ctime_ns}" for fact in facts)
         source.shards.append(Shard(name, sum(fact.st_size for fact in facts), version))
     return source if labels or shipped else files_of_subset(source, folder / "README.md")
 
@@ -1782,6 +1780,9 @@ def files_of_subset(source: Source, card: Path | None) -> Source:
             with suppress(OSError, ValueError):  # it holds no parquet
                 others.difference_update(*(load(other).config.data_files or {}).values())
     notes = [f"the splits {' '.join(map(str, splits))} are taken together"] if len(splits) > 1 else []
+    parts = Counter(re.sub(r"-\d{5}(-of-\d{5}\.parquet)$", r"-*\1", shards[file].file) for file in files)
+    some = [(count, name) for name, count in parts.items() if "-*-of-" in name and f"-of-{count:05d}." not in name]
+    notes += [f"of {shown(name)} there are only {counted(count, 'file')}: fetch the others" for count, name in some]
     if others:
         notes.append(f"{counted(len(others), 'parquet file')} in no split left out, such as {shards[min(others)].file}")
     return replace(source, subset=subset, shards=[shards[file] for file in files], notes=notes)
@@ -1793,8 +1794,8 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
     labels: dict[str, tuple[int, str, str]] = {}
     if not path.is_file():
         return labels
-    with asking(f"{path} can't be read"):
-        text = path.read_text(encoding="utf-8-sig")
+    with asking(f"{path} can't be read", "save it as CSV in UTF-8"):
+        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
         delimiter = max(",;\t", key=text.partition("\n")[0].count)  # as spreadsheets write it
         table = [*csv.reader(io.StringIO(text), delimiter=delimiter)]
     columns, *rows = [[cell.strip() for cell in row] for row in table] or [[]]
@@ -1806,9 +1807,10 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
     for row in filter(any, rows):
         cells = {"recipe": "", **dict.fromkeys(columns, ""), **dict(zip(columns, row, strict=False))}
         listed = Path(cells["file_name"].replace("\\", "/"))
-        file = there.get(unicodedata.normalize("NFC", listed.as_posix()), folder / listed)  # or an adapter's folder
-        weights = visible_files(file, SAFE_ENDINGS) or visible_files(file, PICKLE_ENDINGS)
-        name = Path(os.path.relpath(weights[0] if len(weights) == 1 else file, folder)).as_posix()
+        file = there.get(listed.as_posix(), folder / listed)  # or an adapter's folder
+        weights = visible_files(file, SAFE_ENDINGS) or visible_files(file, PICKLE_ENDINGS) or [file]
+        first = [*{parts_of(part)[0] for part in weights}]  # of one model
+        name = Path(os.path.relpath(first[0] if len(first) == 1 else file, folder)).as_posix()
         size = dataset_size(cells["label"])
         needs = {
             "a file_name that is there, once": cells["file_name"] and (folder / name).is_file() and name not in labels,
@@ -1999,9 +2001,8 @@ def read_spectra(path: Path) -> tuple[Spectra, dict[str, Any]]:
             "types of numbers": values.dtype in (torch.float32, torch.float64) and sizes.dtype == torch.int64,
             "what is no list": {*map(type, lists)} == {list} and {*map(len, shapes.values())} <= {2, 3},
             "numbers of voters, models": values.dim() == 3 and values.shape[:2] == (len(voters), *count),
-            "numbers of sizes or recipes": sizes.shape == count and len(spectra.recipes) in (0, *count),
-            "numbers out of range": values.numel() and (values >= 0).all() and ((sizes >= 0) & (sizes < 10**15)).all(),
-            "values that rise, or infinite": values.isfinite().all() and (values.diff(dim=-1) <= 0).all(),
+            "sizes, recipes": sizes.shape == count and sizes.ge(0).all() and len(spectra.recipes) in (0, *count),
+            "values": values.numel() and values.isfinite().all() and (values >= 0).all() and (values.diff() <= 0).all(),
             "names that are no text": {*map(type, texts)} == {str} and {*map(type, spectra.names)} in ({str}, {int}),
             "voters that do not fit the shapes": all(fit) and len({*voters}) == len(voters),
             "a layer's shape": all(type(number) is int and number > 0 for shape in shapes.values() for number in shape),
@@ -2063,7 +2064,7 @@ def subset_spectra(
 def cached(path: Path) -> Spectra | None:
     """Spectra from the cache; None if they aren't there, or damaged."""
     with suppress(DsireError):
-        return read_spectra(path)[0]
+        return read_spectra(path)[0] if path.is_file() else None
     return None
 
 
@@ -2308,6 +2309,8 @@ def settle(arguments: argparse.Namespace) -> list[str]:
         raise DsireError("--compare is about the labelled models: leave it out with --predict")
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
+    if arguments.save_spectra and arguments.save_spectra.exists() and not cached(arguments.save_spectra):
+        raise DsireError(f"--save_spectra={arguments.save_spectra} is there, and holds no spectra: give another name")
     for folder in (arguments.output, arguments.save_spectra and arguments.save_spectra.parent):
         if folder:  # what stands in the way is said before anything is computed
             folder.mkdir(parents=True, exist_ok=True)
@@ -2362,9 +2365,6 @@ def report(arguments: argparse.Namespace, spectra: Spectra, settings: dict[str, 
     else:
         found = {name: PREDICTORS[name](spectra, runs)}
         tables = [metrics_table("", {name: judge(spectra, runs, found[name])}, paper)]
-    different = len({tuple(run.train.tolist()) for run in runs})
-    if different < len(runs):
-        spectra.notes.append(f"only {different} of the {len(runs)} experiments are different ones")
     to_train = f"{counted(protocol.train_size, 'micro-dataset')} to train"
     how = f"{counted(len(runs), 'experiment')}: {to_train}, {spectra.count - protocol.train_size} to test"
     yield from about_models(spectra, subset, how)
@@ -2428,8 +2428,7 @@ def predict(
     fitted.notes.extend(what_can_be_supported(fitted, arguments.confidence))
     how = f"predictor {name}"
     if fitted.count > 1:
-        without = leave_out(fitted, fitted.of_models(torch.tensor([0])), PREDICTORS[name])[1]
-        good = metrics(fitted.sizes, without.sizes)
+        good = metrics(fitted.sizes, leave_out(fitted, fitted.of_models(torch.tensor([0])), PREDICTORS[name])[1].sizes)
         how += f": of left-out labelled models it tells {good.accuracy:.0f} % right, MAE {good.mae:.2f} images"
     counts = Counter(note for _, file, _ in judged for note in file.notes)
     shared = {note: count for note, count in counts.items() if count > 1 and 2 * count > len(found)}
@@ -2458,7 +2457,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             files, left_out = files_to_predict(item, arguments.cache_dir, base)
             asked = {**left_out, **asked, **files}
-        except DsireError as error:
+        except (DsireError, OSError) as error:
             asked[item] = error
             say(f"dsire.py: error: {error}", file=sys.stderr)
     if items and not any(isinstance(its, Path) for its in asked.values()):
@@ -2477,6 +2476,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """The command; the one place where what went wrong becomes one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.simplefilter("ignore")  # what matters is said in a line of ours
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # it may know fewer letters than there are
