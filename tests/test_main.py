@@ -198,6 +198,7 @@ def test_a_device_that_is_none(device: str, run: Run, monkeypatch: pytest.Monkey
 
 
 IMPOSSIBLE = "--rank=0 --experiments=9007199254740993 --leave_out=recipe --compare --output=/proc/x"
+IMPOSSIBLE += f" --save_spectra= --save_spectra=/ --save_spectra=/dev/full --save_spectra={__file__}"
 
 
 @pytest.mark.parametrize("option", [*IMPOSSIBLE.split(), "--save_spectra=/proc/x/y.safetensors"])

@@ -113,7 +113,7 @@ def test_what_a_folder_holds_besides_is_listed(own: Path, tmp_path: Path, run: R
     assert line.startswith("note: 2 files left out, such as ")
 
 
-@pytest.mark.parametrize("predictor", ["dsire", "log-ridge"])
+@pytest.mark.parametrize("predictor", dsire.PREDICTORS)
 def test_an_estimate_does_not_depend_on_what_else_is_asked(own: Path, tmp_path: Path, run: Run, predictor: str) -> None:
     files = [write_model(tmp_path / f"new_{size}.safetensors", ("new", size)) for size in SIZES]
     files.insert(1, write_model(tmp_path / "part.safetensors", ("new", 2), layers=LAYERS[:1]))

@@ -141,6 +141,22 @@ def test_settings_of_the_network(header: dict[str, str], scale: float | None, la
     assert_scales(write(tmp_path / "lora.safetensors", pair(layer), header), *["x"] * (scale is None), x=scale or 1)
 
 
+def test_settings_of_two_places_are_one(tmp_path: Path) -> None:
+    """The header is asked first; what it leaves open says adapter_config.json."""
+    file = adapter(tmp_path, {"r": 2, "lora_alpha": 4, "use_rslora": True})
+    layer = pair("base_model.model.x")
+    for header, scale in (
+        ({"lora_alpha": "8"}, 8 / 2**0.5),
+        ({"use_rslora": "false"}, 2),
+        ({"lora_alpha": "8", "r": "3"}, None),
+    ):
+        write(file, layer, header)
+        if scale:
+            assert_scales(file, x=scale)
+        else:
+            refusal(file, "r is 3")
+
+
 def test_settings_of_some_layers(tmp_path: Path) -> None:
     file = write(tmp_path / "lora.safetensors", pair("unet.x") | pair("text_encoder.x"), {"unet.alpha": "3"})
     assert_scales(file, "text_encoder_x", x=1.5, text_encoder_x=1)

@@ -2,8 +2,11 @@
 
 import argparse
 import fcntl
+import json
+import os
 import pickle
 import unicodedata
+from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import BOMB, LABELLED, LAYERS, Run, models_of, table_of, write_folder, write_labelled
+from conftest import BOMB, LABELLED, LAYERS, SECOND, Run, models_of, table_of, weights_of, write_folder, write_labelled
 from lora_writers import write_model
 from safetensors.torch import save_file
 
@@ -77,13 +80,30 @@ def test_other_types_of_labels_and_names_mean_the_same(change: dict[str, pa.Arra
 @pytest.mark.parametrize(
     ("column", "values"),
     [
-        *(("label", values) for values in ([Decimal("1.5"), Decimal("2")], ["1e3", "2"], [True, True], ["1", "-2"])),
+        *(
+            ("label", values)
+            for values in ([Decimal("1.5"), Decimal("2")], ["1e3", "2"], ["1.000", "2"], [True, True], ["1", "-2"])
+        ),
         *(("name", values) for values in ([b"a", b"b"], [1.5, 2.5], [True, False])),
     ],
 )
 def test_labels_and_names_that_are_none(column: str, values: list[Any]) -> None:
     with pytest.raises(dsire.DsireError, match=f"column {column}.* holds"):
         dsire.model_labels(pa.table({"label": [1, 2], "name": ["a", "b"], column: values}))
+
+
+@pytest.mark.parametrize("features", [[1], {"label": 5}, {"name": {"names": None}}, {"label": {"names": ["a", "b"]}}])
+def test_metadata_of_other_kinds(features: Any) -> None:
+    table = pa.table({"label": [1, 2], "name": ["a", "b"]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    with nullcontext() if "label" not in features or features["label"] == 5 else pytest.raises(dsire.DsireError):
+        assert dsire.model_labels(table)[1] == ["a", "b"]
+
+
+def test_a_part_that_lacks_is_said(run: Run, folder: Path) -> None:
+    (folder / "low" / "4" / f"{SECOND}.parquet").unlink()
+    outcome = run(f"--dataset={folder}", "--subset=low_4", "--train_size=5")
+    assert note_of(outcome.report["notes"], "low/4/train-*-of-00003.parquet", "only 2 files")
 
 
 @pytest.mark.parametrize("subset", ["fold_2", "mine", "low_2"])
@@ -294,6 +314,40 @@ def test_a_whole_cache_is_enough_where_nothing_can_be_written(prefix: str, run: 
             path.chmod(0o755 if path.is_dir() else 0o644)
     assert (second.code, second.err, second.predictions) == (0, "", first.predictions)
     assert {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))} == before
+
+
+def test_files_that_were_exchanged(tmp_path: Path) -> None:
+    """With their times, as archives keep them."""
+    own = write_labelled(tmp_path / "own")
+    for file in own.iterdir():
+        os.utime(file, (0, 0))
+    before = spectra_of(own, tmp_path / "cache")
+    (own / "a10.safetensors").rename(own / "a")
+    (own / "a20.safetensors").rename(own / "a10.safetensors")
+    (own / "a").rename(own / "a20.safetensors")
+    after = spectra_of(own, tmp_path / "cache")
+    ten, twenty = (list(zip(before.names, before.sizes.tolist(), strict=True)).index(("a", size)) for size in (10, 20))
+    assert torch.equal(after.values[:, [ten, twenty]], before.values[:, [twenty, ten]])
+
+
+def test_parts_of_one_model_are_one_row(tmp_path: Path) -> None:
+    own = write_labelled(tmp_path / "own")
+    text = (own / "metadata.csv").read_text()
+    for number in (1, 2):
+        name = f"b-0000{number}-of-00002.safetensors"
+        save_file(weights_of(("b", 5), layers=LAYERS[number - 1 : number]), own / name)
+        text += f"\n{name},7,b"
+    (own / "metadata.csv").write_text(text)
+    with pytest.raises(dsire.DsireError, match="once"):
+        dsire.metadata_csv(own)
+    (own / "metadata.csv").write_text(text.rpartition("\n")[0])
+    assert dsire.metadata_csv(own)["b-00001-of-00002.safetensors"] == (7, "b", "")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path, run: Run) -> None:
+    own = write_labelled(tmp_path / "own")
+    os.mkfifo(own / "pipe.safetensors")
+    assert run("--dataset", own, "--train_size=2").code == 0
 
 
 # Paths
