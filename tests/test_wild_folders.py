@@ -92,7 +92,7 @@ def test_labels_and_names_that_are_none(column: str, values: list[Any]) -> None:
         dsire.model_labels(pa.table({"label": [1, 2], "name": ["a", "b"], column: values}))
 
 
-@pytest.mark.parametrize("features", [[1], {"label": 5}, {"name": {"names": None}}, {"label": {"names": ["a", "b"]}}])
+@pytest.mark.parametrize("features", [[1], {"label": 5}, {"label": {"names": None}}, {"label": {"names": ["a", "b"]}}])
 def test_metadata_of_other_kinds(features: Any) -> None:
     table = pa.table({"label": [1, 2], "name": ["a", "b"]})
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
