@@ -7,8 +7,7 @@
     python dsire.py --dataset=my_loras --predict folder/ user/name --output=out
     python dsire.py --dataset=tuned --base=sd15.safetensors --predict full.ckpt
 
-The script reads from top to bottom as the paper does: spectra, vote, protocol;
-then what is beyond it; the weights, and their sources; report, command line.
+The script reads from top to bottom: the paper; what is beyond; weights; report.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
 MATRICES = ("A", "B", "BA")
 LARGEST = 32  # singular values of a change of the weights that are kept, unless --rank says how many
 FORMAT = 5  # of files of spectra, in the cache and shared: those of another format are not read
-DISTANCES_AT_ONCE = 2**25  # by the nearest-neighbour search, over all cores
+DISTANCES_AT_ONCE = 2**20  # of one voter, by the nearest-neighbour search: 8 MiB for each core
 BYTES_AT_ONCE = 2**27  # of decoded columns, over all cores
 
 # MAE, MAPE in % and accuracy in %, mean and standard deviation over ten experiments: the paper's Tables 2 to 5 and 9.
@@ -226,8 +225,7 @@ def matrix_spectrum(matrix: Tensor, count: int) -> Tensor:
             return squares.sqrt()
     if not matrix.isfinite().all():
         raise FloatingPointError("weights that are not finite")
-    values: Tensor = torch.linalg.svdvals(matrix)[:count]
-    return values
+    return torch.linalg.svdvals(matrix)[:count]
 
 
 def product_spectrum(b: Tensor, a: Tensor, count: int) -> Tensor:
@@ -335,6 +333,10 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
     Distances (Euclidean) are exact, each computed once for all splits; of models that are equally far it is the first.
     """
     trained, asked = (torch.cat(its).unique() for its in zip(*splits, strict=True))
+    if len(asked) * len(trained) > DISTANCES_AT_ONCE and len(asked) > 1:
+        middle = asked[len(asked) // 2]
+        halves = ([Split(train, test[(test < middle) == low]) for train, test in splits] for low in (True, False))
+        return [torch.cat(both, dim=1) for both in zip(*(nearest(values, half) for half in halves), strict=True)]
     places = [(torch.bucketize(test, asked).numpy(), torch.bucketize(train, trained).numpy()) for train, test in splits]
 
     def search(voter: int) -> list[Any]:
@@ -344,7 +346,7 @@ def nearest(values: Tensor, splits: list[Split]) -> list[Tensor]:
         squares = squared_distances(values[voter, asked] * factor, values[voter, trained] * factor)
         return [columns[squares.take(rows, axis=0).take(columns, axis=1).argmin(1)] for rows, columns in places]
 
-    found = in_parallel(search, range(len(values)), DISTANCES_AT_ONCE // (len(asked) * len(trained)) + 1)
+    found = in_parallel(search, range(len(values)))
     return [trained[torch.from_numpy(np.stack(its))] for its in zip(*found, strict=True)]
 
 
@@ -507,8 +509,7 @@ def unrounded(prediction: Prediction) -> Prediction:
 def whole_numbers(candidates: Tensor) -> Tensor:
     """Numbers of images up to four times beyond the candidates, int64 in rising order: all, or 2,000 evenly in log."""
     low, high = math.log(max(1, int(candidates[0]) / 4)), math.log(4 * int(candidates[-1]))
-    numbers: Tensor = torch.linspace(low, high, 2000, dtype=torch.float64).exp().round().long().unique()
-    return numbers
+    return torch.linspace(low, high, 2000, dtype=torch.float64).exp().round().long().unique()
 
 
 def fitted_ridge(train: Spectra, new: Spectra) -> tuple[Prediction, Prediction]:
@@ -828,8 +829,7 @@ def matched(file: Spectra, fitted: Spectra) -> Spectra:
     shared = file.of_voters([its for its in fitted.voters if its in there and its.layer in fits[its.matrix]])
     kinds, first = what_they_are(file, fitted), list(file.first)
     if not shared.voters:
-        details = [] if "--subset" in kinds else remarks[:2]
-        raise DsireError("; ".join([f"nothing in common with the labelled models: {kinds}", *details]))
+        raise DsireError("; ".join([f"nothing in common with the labelled models: {kinds}", *remarks[:2]]))
     if file.method != fitted.method:
         methods = f"it is a {file.method}, and each labelled model a {fitted.method}"
         first.append(f"another method: {methods}; compared by {' '.join(shared.kinds)}")

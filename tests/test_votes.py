@@ -31,8 +31,10 @@ def test_every_vote_and_prediction_on_the_shipped_subset(shipped: dsire.Spectra,
         assert found.shares.max(-1).values.tolist() == pytest.approx(reference.shares)
 
 
-def test_votes_of_models_that_share_spectra() -> None:
-    """For all experiments together and for each alone, the first of the nearest is asked."""
+@pytest.mark.parametrize("distances_at_once", [dsire.DISTANCES_AT_ONCE, 1, 5000])
+def test_votes_of_models_that_share_spectra(monkeypatch: pytest.MonkeyPatch, distances_at_once: int) -> None:
+    """In parts of any size, for all experiments together and for each alone, the first of the nearest is asked."""
+    monkeypatch.setattr(dsire, "DISTANCES_AT_ONCE", distances_at_once)
     draw = np.random.default_rng(0)
     values = draw.integers(0, 1000, size=(5, 300, 4))  # whole numbers, of which squares are exact
     values[1] = draw.integers(0, 4, size=(300, 4))  # near ones are many
