@@ -218,7 +218,7 @@ def run_anew(tmp_path: Path) -> Run:
     return run_command
 
 
-def wait_for_downloads(seconds: float) -> None:
+def wait_for_threads(seconds: float) -> None:
     """A run that ended with an error may still be fetching a shard ahead: it ends before the next test starts."""
     for thread in threading.enumerate():
         if thread.name.startswith("ThreadPoolExecutor"):
@@ -232,8 +232,8 @@ def hub(folder: Path) -> Iterator[HubStandIn]:
 
     with HubStandIn(folder, dsire.LORA_WISE, port=PORT) as stand_in:
         yield stand_in
-        wait_for_downloads(2)
-    wait_for_downloads(20)  # what stalled is cut off
+        wait_for_threads(2)
+    wait_for_threads(20)  # what stalled is cut off
     close_session()
 
 

@@ -31,7 +31,7 @@ def test_every_vote_and_prediction_on_the_shipped_subset(shipped: dsire.Spectra,
         assert found.shares.max(-1).values.tolist() == pytest.approx(reference.shares)
 
 
-@pytest.mark.parametrize("distances_at_once", [dsire.DISTANCES_AT_ONCE, 1, 5000])
+@pytest.mark.parametrize("distances_at_once", [dsire.DISTANCES_AT_ONCE, 300, 5000])
 def test_votes_of_models_that_share_spectra(monkeypatch: pytest.MonkeyPatch, distances_at_once: int) -> None:
     """In parts of any size, for all experiments together and for each alone, the first of the nearest is asked."""
     monkeypatch.setattr(dsire, "DISTANCES_AT_ONCE", distances_at_once)
