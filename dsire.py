@@ -422,9 +422,9 @@ def gda(spectra: Spectra, splits: list[Split]) -> list[Prediction]:
 def fitted_voters(new_estimator: Callable[[], Any], spectra: Spectra, splits: list[Split]) -> list[Prediction]:
     """The majority of the training sizes nearest to what one scikit-learn estimator per voter answers."""
     every, y, found = spectra.values.numpy(), spectra.sizes.numpy(), []
-    x = [voter for voter in every if np.ptp(voter, axis=0).any()] or every  # what doesn't vary says nothing
     with one_thread_each(), asking("ridge or gda can't be fitted", "label more models, or give a larger --train_size"):
         for train, test in ([its.numpy() for its in split] for split in splits):
+            x = [voter for voter in every if np.ptp(voter[train], axis=0).any()] or every  # a constant says nothing
             answers = [new_estimator().fit(voter[train], y[train]).predict(voter[test]) for voter in x]
             candidates = spectra.sizes[train].unique()
             found.append(majority(nearest_size(torch.tensor(np.stack(answers)), candidates), candidates))
@@ -1155,7 +1155,7 @@ def model_labels(table: Any) -> tuple[Tensor, list[Any], list[str]]:
     wrong: list[tuple[str, str]] = []
     with suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):  # no metadata of `datasets`
         kinds = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        wrong += [(column, "numbers of classes") for column in columns if "names" in kinds.get(column, ())]
+        wrong += [(it, "numbers of classes") for it in columns if '"names"' in json.dumps(kinds.get(it))]
     wrong += [("label", repr(label)) for label in found["label"] if not dataset_size(label)]
     wrong += [("name", repr(name)) for name in found["name"] if type(name) not in (int, str)]
     wrong += [("recipe", "None") for recipe in found.get("recipe", []) if recipe is None]
@@ -1263,7 +1263,7 @@ SAFE_ENDINGS = (".safetensors",)
 PICKLE_ENDINGS = (".bin", ".pt", ".ckpt", ".pth")
 WEIGHT_ENDINGS = SAFE_ENDINGS + PICKLE_ENDINGS
 # Pickles that trainers leave beside a LoRA: many hold more than tensors, so that they can't even be looked into.
-TRAINERS = re.compile("optimizer|scheduler|scaler|sampler|dataloader|rng_state|random_state|training_args|.*_states[.]")
+TRAINERS = re.compile("optimizer|scheduler|scaler|sampler|dataloader|(rng|random|training)_(state|args)|.*_states[.]")
 LONGEST_TEXT = 2**22  # of JSON that is looked into
 LARGEST_PICKLE = 2**24  # in bytes, without its tensors
 
@@ -1433,7 +1433,7 @@ def parsed(text: str) -> Any:
 
 
 def settings_of(weights: Weights, network: str) -> dict[str, Any]:
-    """What is said of a network, PEFT's name -> value, by the first source that has it; {} if none states alpha."""
+    """What the first source that states alpha, and others that agree, say of a network, PEFT's name -> value; or {}."""
     header, beside = weights.header, weights.files[0].with_name("adapter_config.json")
     plain = {key: parsed(header[key]) for key in sorted(header) if key.rpartition(".")[2] in PEFT_NAMES}
     sources = {"its header": {key: value for key, value in plain.items() if value is not None}}
@@ -1443,6 +1443,7 @@ def settings_of(weights: Weights, network: str) -> dict[str, Any]:
         with asking(f"{place} is not a JSON object"):
             sources[place] = {**json.loads(text[:LONGEST_TEXT])}
     found: dict[str, Any] = {}
+    default: dict[str, Any] = {}
     for place, said in sources.items():
         own: dict[str, Any] = {}
         for key, value in said.items():
@@ -1453,10 +1454,10 @@ def settings_of(weights: Weights, network: str) -> dict[str, Any]:
             of_it = not prefix or layer_name(f"{prefix}.x") == f"{network}x"
             if of_it and own.setdefault(name, value) != value:
                 raise DsireError(f"{place} says that {name} is {shown(own[name])}, and {shown(value)}")
-        if own and place in texts:
-            own.setdefault("lora_alpha", 8)  # PEFT's default
-        found = own | found
-    return found if "lora_alpha" in found else {}
+        default = {"lora_alpha": 8} if own and place in texts else default  # PEFT's
+        if "lora_alpha" not in found or all(found.get(name, value) == value for name, value in own.items()):
+            found |= own  # or else it is about another model
+    return default | found if "lora_alpha" in default | found else {}
 
 
 def scale_of(weights: Weights, parts: dict[str, str], said: dict[str, Any], rank: int | None) -> float | None:
@@ -1780,9 +1781,9 @@ def files_of_subset(source: Source, card: Path | None) -> Source:
             with suppress(OSError, ValueError):  # it holds no parquet
                 others.difference_update(*(load(other).config.data_files or {}).values())
     notes = [f"the splits {' '.join(map(str, splits))} are taken together"] if len(splits) > 1 else []
-    parts = Counter(re.sub(r"-\d{5}(-of-\d{5}\.parquet)$", r"-*\1", shards[file].file) for file in files)
-    some = [(count, name) for name, count in parts.items() if "-*-of-" in name and f"-of-{count:05d}." not in name]
-    notes += [f"of {shown(name)} there are only {counted(count, 'file')}: fetch the others" for count, name in some]
+    numbers = re.compile(r"-\d{5}(-of-\d{5})(?:-[0-9a-f]{16})?\.parquet$")
+    parts = Counter(numbers.sub(r"-*\1.parquet", shards[file].file) for file in files)
+    notes += [f"{name}: {n} files, not all" for name, n in parts.items() if f"-{n:05d}." not in name and "*" in name]
     if others:
         notes.append(f"{counted(len(others), 'parquet file')} in no split left out, such as {shards[min(others)].file}")
     return replace(source, subset=subset, shards=[shards[file] for file in files], notes=notes)
@@ -1795,7 +1796,7 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
     if not path.is_file():
         return labels
     with asking(f"{path} can't be read", "save it as CSV in UTF-8"):
-        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)  # as spreadsheets write it
         table = [*csv.reader(io.StringIO(text), delimiter=delimiter)]
     columns, *rows = [[cell.strip() for cell in row] for row in table] or [[]]
@@ -1803,11 +1804,12 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
     if times[:3] != [1, 1, 1] or times[3] > 1 or not any(map(any, rows)):
         raise DsireError(f"{path} needs rows, and each of the columns file_name, label, name once, perhaps recipe")
     # on disk an accent may be composed in another way; Windows calls a file a\b
-    there = {unicodedata.normalize("NFC", its.relative_to(folder).as_posix()): its for its in folder.rglob("*")}
+    nfc = partial(unicodedata.normalize, "NFC")
+    there = {nfc(its.relative_to(folder).as_posix()): its for its in folder.rglob("*")}
     for row in filter(any, rows):
         cells = {"recipe": "", **dict.fromkeys(columns, ""), **dict(zip(columns, row, strict=False))}
         listed = Path(cells["file_name"].replace("\\", "/"))
-        file = there.get(listed.as_posix(), folder / listed)  # or an adapter's folder
+        file = there.get(nfc(listed.as_posix()), folder / listed)  # or an adapter's folder
         weights = visible_files(file, SAFE_ENDINGS) or visible_files(file, PICKLE_ENDINGS) or [file]
         first = [*{parts_of(part)[0] for part in weights}]  # of one model
         name = Path(os.path.relpath(first[0] if len(first) == 1 else file, folder)).as_posix()
@@ -1820,7 +1822,7 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
         }
         if lacks := [what for what, has in needs.items() if not has]:
             raise DsireError(f"{path}: {shown(' '.join(row))!r} needs {lacks[0]}")
-        labels[name] = (size, cells["name"], cells["recipe"])
+        labels[name] = (size, nfc(cells["name"]), nfc(cells["recipe"]))
     return labels
 
 
@@ -1828,7 +1830,7 @@ def ask_hub(what: str, question: str, *arguments: Any, **options: Any) -> Any:
     """What a question, a method of HfApi, is answered; to try again is huggingface_hub's."""
     with asking(what, "check the network, HF_TOKEN and HF_ENDPOINT"):
         # at its import, in the main thread, it prints what it raises; to redirect is not for threads
-        with nullcontext() if "huggingface_hub" in sys.modules else redirect_stdout(io.StringIO()):
+        with nullcontext() if "huggingface_hub.hf_api" in sys.modules else redirect_stdout(io.StringIO()):
             from huggingface_hub import HfApi
         return getattr(HfApi(), question)(*arguments, **options)
 
@@ -2225,13 +2227,13 @@ def training_figure(plt: Any, growth: dict[str, list[Metrics]], title: str) -> A
 
 def estimates_figure(plt: Any, judged: list[Judged], predictor: str) -> Any:
     """For each file the norms of its matrices, as lines over those of the labelled models by size, its set shaded."""
-    width = max(len(file.kinds) for _, file, _ in judged)
-    figure = plt.figure(figsize=(3.2 * width, 2.8 * len(judged)))
-    for line, (estimate, file, labelled) in enumerate(judged):
+    drawn, width = judged[:PICTURED], max(len(file.kinds) for _, file, _ in judged)
+    figure = plt.figure(figsize=(3.2 * width, 2.8 * len(drawn)))
+    for line, (estimate, file, labelled) in enumerate(drawn):
         sizes, ends = labelled.sizes.unique(), estimate.confidence_set if estimate.status == "ok" else []
         held: Sequence[int] = range(ends[0], ends[-1] + 1) if ends and predictor == "log-regression" else ends
         for column, (matrix, voters) in enumerate(file.kinds.items(), start=1):
-            axis = figure.add_subplot(len(judged), width, line * width + column)
+            axis = figure.add_subplot(len(drawn), width, line * width + column)
             if column == 1:
                 what = counted(estimate.answer, "image") if estimate.status == "ok" else estimate.status
                 axis.set_title(f"{shown(Path(estimate.file).name)}: {what}", loc="left")
@@ -2244,7 +2246,7 @@ def estimates_figure(plt: Any, judged: list[Judged], predictor: str) -> Any:
             for place in [place for place, size in enumerate(sizes.tolist()) if size in held]:
                 axis.axvspan(place - 0.5, place + 0.5, color="#d55e00", alpha=0.15, linewidth=0)
     what = "dots: labelled models, a colour for each recipe; line: the file; shaded: its set of sizes"
-    figure.suptitle(f"Frobenius norms, geometric mean over layers\n{what}", fontsize=10)
+    figure.suptitle(f"{len(drawn)} of {len(judged)} files: Frobenius norms, mean over layers\n{what}", fontsize=10)
     return figure
 
 
@@ -2310,7 +2312,7 @@ def settle(arguments: argparse.Namespace) -> list[str]:
     if arguments.plots and not arguments.output:
         raise DsireError("--plots needs a folder for the pictures: give it with --output")
     if arguments.save_spectra and arguments.save_spectra.exists() and not cached(arguments.save_spectra):
-        raise DsireError(f"--save_spectra={arguments.save_spectra} is there, and holds no spectra: give another name")
+        raise DsireError(f"--save_spectra={arguments.save_spectra} is there, and holds no sound spectra: give another")
     for folder in (arguments.output, arguments.save_spectra and arguments.save_spectra.parent):
         if folder:  # what stands in the way is said before anything is computed
             folder.mkdir(parents=True, exist_ok=True)
@@ -2423,8 +2425,6 @@ def predict(
     left_out = [f"{file}: {why}" for file, why in asked.items() if isinstance(why, str)]
     if left_out:
         fitted.notes.append(f"{counted(len(left_out), 'file')} left out, such as {left_out[0]}")
-    if arguments.plots and len(judged) > PICTURED:
-        fitted.notes.append(f"estimates.png shows the first {PICTURED} of {len(judged)} files")
     fitted.notes.extend(what_can_be_supported(fitted, arguments.confidence))
     how = f"predictor {name}"
     if fitted.count > 1:
@@ -2444,7 +2444,7 @@ def predict(
         cells = [[row[head] for head in ESTIMATES] for row in rows]
         yield from write_files(arguments.output, "estimates.csv", ESTIMATES, cells, details)
     if arguments.plots and judged:
-        yield from draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, judged[:PICTURED], name)})
+        yield from draw(arguments.output, {"estimates": lambda plt: estimates_figure(plt, judged, name)})
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -177,6 +177,16 @@ def test_a_regression_names_a_size_that_was_left_out() -> None:
     assert set(dsire.log_ridge(spectra, runs)[0].sizes.tolist()) == {20}  # log 10 is nearer to log 20 than to log 1
 
 
+@pytest.mark.parametrize("predictor", ["ridge", "gda"])
+def test_a_voter_that_never_varies_in_training_says_nothing(predictor: str, part: dsire.Spectra) -> None:
+    runs = dsire.splits(part.micro_datasets, PROTOCOL)[:1]
+    one = part.values[:1].clone()
+    one[:, runs[0].train] = 0.5
+    more = dsire.replace(part, values=torch.cat([part.values, one]), voters=[*part.voters, dsire.Voter("x", "A")])
+    with_it, without = (dsire.PREDICTORS[predictor](spectra, runs)[0] for spectra in (more, part))
+    assert torch.equal(with_it.shares, without.shares)
+
+
 def test_models_whose_size_is_not_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
     """In n ** -0.5, 20 is nearest to 10, 0.09 away, and 50 to 20, 0.08 away; in log it is 10, 0.7 away."""
     monkeypatch.delitem(dsire.PREDICTORS, "gda")  # which needs spectra that vary

@@ -142,12 +142,14 @@ def test_settings_of_the_network(header: dict[str, str], scale: float | None, la
 
 
 def test_settings_of_two_places_are_one(tmp_path: Path) -> None:
-    """The header is asked first; what it leaves open says adapter_config.json."""
+    """Unless they differ: then it is the header's, if that states alpha, as the other may be of another model."""
     file = adapter(tmp_path, {"r": 2, "lora_alpha": 4, "use_rslora": True})
     layer = pair("base_model.model.x")
     for header, scale in (
-        ({"lora_alpha": "8"}, 8 / 2**0.5),
-        ({"use_rslora": "false"}, 2),
+        ({"lora_alpha": "8"}, 4),
+        ({"lora_alpha": "4"}, 4 / 2**0.5),
+        ({"use_rslora": "false"}, 4 / 2**0.5),
+        (as_json(r=2), 4 / 2**0.5),
         ({"lora_alpha": "8", "r": "3"}, None),
     ):
         write(file, layer, header)
