@@ -188,6 +188,7 @@ def test_which_files_of_a_folder_are_models(tmp_path: Path) -> None:
     write(tmp_path / "b" / "lr.pt", {"_last_lr": [1.0]})
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "self.safetensors").symlink_to(tmp_path / "c" / "self.safetensors")
     for number in (1, 3):

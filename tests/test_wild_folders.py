@@ -344,12 +344,6 @@ def test_parts_of_one_model_are_one_row(tmp_path: Path) -> None:
     assert dsire.metadata_csv(own)["b-00001-of-00002.safetensors"] == (7, "b", "")
 
 
-def test_a_pipe_is_no_file(tmp_path: Path, run: Run) -> None:
-    own = write_labelled(tmp_path / "own")
-    os.mkfifo(own / "pipe.safetensors")
-    assert run("--dataset", own, "--train_size=2").code == 0
-
-
 # Paths
 @pytest.mark.parametrize("option", ["--predict", "--dataset"])
 @pytest.mark.parametrize("name", ["x" * 300, "a/" + "x" * 300, "~nobody-here/x", "a\0b", "own/a10.safetensors/x"])
