@@ -1781,9 +1781,6 @@ def files_of_subset(source: Source, card: Path | None) -> Source:
             with suppress(OSError, ValueError):  # it holds no parquet
                 others.difference_update(*(load(other).config.data_files or {}).values())
     notes = [f"the splits {' '.join(map(str, splits))} are taken together"] if len(splits) > 1 else []
-    numbers = re.compile(r"-\d{5}(-of-\d{5})(?:-[0-9a-f]{16})?\.parquet$")
-    parts = Counter(numbers.sub(r"-*\1.parquet", shards[file].file) for file in files)
-    notes += [f"{name}: {n} files, not all" for name, n in parts.items() if f"-{n:05d}." not in name and "*" in name]
     if others:
         notes.append(f"{counted(len(others), 'parquet file')} in no split left out, such as {shards[min(others)].file}")
     return replace(source, subset=subset, shards=[shards[file] for file in files], notes=notes)
@@ -2346,7 +2343,10 @@ def labelled_models(arguments: argparse.Namespace, base: Weights | None) -> tupl
         about = {"dataset": name, "subset": source.subset, "commit": source.commit}
         write_spectra(arguments.save_spectra, spectra, about, torch.float32)
         say(f"wrote {arguments.save_spectra}")
-    notes = about_rank + source.notes + spectra.notes + what_is_unusual(spectra)
+    numbers = re.compile(r"-\d{5}(-of-\d{5})(?:-[0-9a-f]{16})?\.parquet$")
+    parts = Counter(numbers.sub(r"-*\1.parquet", shard.file) for shard in source.shards)
+    lack = [f"{name}: {n} files, not all" for name, n in parts.items() if f"-{n:05d}." not in name and "*" in name]
+    notes = about_rank + source.notes + lack + spectra.notes + what_is_unusual(spectra)
     spectra = replace(spectra.of_matrices(arguments.matrices), notes=notes)
     if not spectra.voters:
         raise DsireError(f"--matrices {' '.join(arguments.matrices)}: of a {spectra.method} there is only {there}")
