@@ -171,3 +171,8 @@ def test_a_fault_of_one_file(shapes: dict[str, Any], tmp_path: Path, monkeypatch
 def test_a_device_without_the_routines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsire, "warm_up", Mock(side_effect=FAULT))
     assert run().says("--device=cpu can't be used here", str(FAULT))
+
+
+def test_a_folder_that_vanishes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dsire, "model_files", Mock(side_effect=FileNotFoundError(2, "No such file", "asked/x")))
+    assert run("--predict", tmp_path).says("No such file", "asked/x")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, ROOT, Outcome, Run, models_of, weights_of, write_folder, write_labelled
+from conftest import LAYERS, RANK, ROOT, Outcome, Run, models_of, weights_of, write_folder, write_labelled
 from lora_writers import by_hand, write, write_model
 
 import dsire
@@ -123,6 +123,22 @@ def test_an_estimate_does_not_depend_on_what_else_is_asked(own: Path, tmp_path: 
     for file, one in zip(files, together, strict=True):  # shares are of sums that may be rounded in another order
         about = {name: pytest.approx(one[name]) for name in ("shares", "share", "recipe_p")}
         assert estimates_in(run(*options, file)) == [one | about]
+
+
+def test_layers_of_another_shape_or_rank(own: Path, tmp_path: Path, run: Run) -> None:
+    """Of another shape they are of another base; of another rank their BA can be compared."""
+    weights = weights_of(("new", 2))
+    first = next(key for key in weights if ".down." in key)
+    wider = write(tmp_path / "wider.safetensors", weights | {first: torch.cat([weights[first]] * 2, dim=1)})
+    smaller = write(tmp_path / "smaller.safetensors", weights_of(("new", 2), rank=RANK // 2))
+    outcome = run("--dataset", own, "--predict", wider, smaller)
+    other_base, other_rank = estimates_in(outcome)
+    assert (other_base["status"], other_base["estimate"]) == ("not comparable", None)
+    assert other_base["notes"][0].startswith("another base: ")
+    shapes = "([24, 32, 4], not [24, 16, 4])"
+    assert any(note.startswith("1 layer of another shape") and shapes in note for note in other_base["notes"])
+    said = f"{len(LAYERS)} layers of another rank than the labelled models', and compared by BA alone"
+    assert any(note.startswith(said) for note in other_rank["notes"])
 
 
 def test_a_labelled_model_is_recognised_and_its_stated_size_shown(own: Path, tmp_path: Path, run: Run) -> None:
