@@ -1815,7 +1815,7 @@ def metadata_csv(folder: Path) -> dict[str, tuple[int, str, str]]:
             "a file_name that is there, once": cells["file_name"] and (folder / name).is_file() and name not in labels,
             "a label that is a whole number from 1 up": size,
             "a name, of its micro-dataset": cells["name"],
-            "quotes around a cell with a comma": not any(row[len(columns) :]),
+            "no more cells than columns: quotes around a comma": not any(row[len(columns) :]),
         }
         if lacks := [what for what, has in needs.items() if not has]:
             raise DsireError(f"{path}: {shown(' '.join(row))!r} needs {lacks[0]}")
@@ -2343,7 +2343,7 @@ def labelled_models(arguments: argparse.Namespace, base: Weights | None) -> tupl
         about = {"dataset": name, "subset": source.subset, "commit": source.commit}
         write_spectra(arguments.save_spectra, spectra, about, torch.float32)
         say(f"wrote {arguments.save_spectra}")
-    numbers = re.compile(r"-\d{5}(-of-\d{5})(?:-[0-9a-f]{16})?\.parquet$")
+    numbers = re.compile(r"-\d{5}(-of-\d{5})(?:-[0-9a-f]{16})?\.parquet$")  # a download may have been cut short
     parts = Counter(numbers.sub(r"-*\1.parquet", shard.file) for shard in source.shards)
     lack = [f"{name}: {n} files, not all" for name, n in parts.items() if f"-{n:05d}." not in name and "*" in name]
     notes = about_rank + source.notes + lack + spectra.notes + what_is_unusual(spectra)

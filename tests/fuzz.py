@@ -2,8 +2,7 @@
 
     python tests/fuzz.py --parquet 1000 --files 1000 --seed 0
 
-A mutant is made from its number and the seed: `--parquet 1 --files 0 --only 45` makes number 45 again. Which one is
-being read stands on stderr.
+`--parquet 1 --files 0 --only 45` makes the mutant of number 45 again; stderr says which one is being read.
 """
 
 import argparse

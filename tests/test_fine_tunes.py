@@ -423,13 +423,6 @@ def test_what_needs_a_base_or_is_not_comparable_is_refused(base: Path, run: Run)
     assert run("--dataset", full, "--base", base, "--predict", another).says("another", "no fine-tune of this base")
 
 
-def test_the_base_itself_is_untrained(base: Path) -> None:
-    full = write(base.with_name("full.safetensors"), tuned("full", base, 77))
-    assert spectra(base, base).first == [dsire.UNTRAINED]
-    assert dsire.model_files(base.parent, dsire.open_base(str(base))) == ([base, full], {})
-    assert set(dsire.model_files(base.parent)[1]) == {base, full}
-
-
 def test_spectra_of_parquet_have_no_base(base: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run("--experiments=1")
     monkeypatch.delattr(dsire, "shard_spectra")

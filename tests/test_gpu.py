@@ -48,14 +48,6 @@ def test_no_thread_makes_the_first_call(run: Run, tmp_path: Path, monkeypatch: p
     assert from_threads == {*ROUTINES}
 
 
-def test_a_device_that_is_too_small(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def short_of_memory(*_: torch.Tensor) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(dsire, "warm_up", lambda device: monkeypatch.setattr(dsire, "lora_spectra", short_of_memory))
-    assert run(f"--dataset={folder}").says("CUDA out of memory", "columns")
-
-
 @on_gpu
 def test_the_spectra_of_the_shipped_subset(tiny_wise: Path, shipped: dsire.Spectra) -> None:
     files = parquet_files(tiny_wise / "low" / "4")

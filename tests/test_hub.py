@@ -173,9 +173,7 @@ def lora(hub: HubStandIn, tmp_path: Path) -> Path:
         ("user/lora:adapter_model.safetensors", ["adapter_model.safetensors"]),
     ],
 )
-def test_models_on_the_hub(
-    item: str, names: list[str], hub: HubStandIn, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models(item: str, names: list[str], hub: HubStandIn, lora: Path, tmp_path: Path, capsys: Any) -> None:
     files, left_out = dsire.files_to_predict(item, tmp_path / "cache")
     assert (list(files), left_out) == ([f"user/lora:{name}" for name in names], {})
     hub.stop()

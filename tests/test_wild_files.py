@@ -133,7 +133,6 @@ def as_json(**said: Any) -> dict[str, str]:
         (as_json(transformer__lora_alpha=3, transformer__r=2), 1.5),
         (as_json(unet__lora_alpha=3, text_encoder__lora_alpha=7), 1.5),
         (as_json(lora_alpha=3), 1.5),
-        (as_json(lora_alpha=7) | {"alpha": "3"}, 1.5),
     ],
 )
 @pytest.mark.parametrize("layer", ["lora_unet_x", "unet.x", "x"])

@@ -268,6 +268,8 @@ def test_the_base_among_the_labelled_files(run: Run, tmp_path: Path) -> None:
     (own / "metadata.csv").write_text("\n".join([*rows, "base.safetensors,3,d"]))
     outcome = run("--dataset", own, "--base", own / "base.safetensors", "--train_size=1")
     assert f"note: {dsire.UNTRAINED} (1 of 4 files, such as base.safetensors)" in outcome.out
+    outcome = run("--dataset", own, "--base", own / "base.safetensors", "--predict", own)
+    assert [one["status"] for one in outcome.report["estimates"]].count("untrained") == 1
 
 
 def test_a_row_may_name_the_folder_of_an_adapter(tmp_path: Path) -> None:
@@ -322,9 +324,8 @@ def test_files_that_were_exchanged(tmp_path: Path) -> None:
     for file in own.iterdir():
         os.utime(file, (0, 0))
     before = spectra_of(own, tmp_path / "cache")
-    (own / "a10.safetensors").rename(own / "a")
-    (own / "a20.safetensors").rename(own / "a10.safetensors")
-    (own / "a").rename(own / "a20.safetensors")
+    for file, other in (("a10.safetensors", "x"), ("a20.safetensors", "a10.safetensors"), ("x", "a20.safetensors")):
+        (own / file).rename(own / other)
     after = spectra_of(own, tmp_path / "cache")
     ten, twenty = (list(zip(before.names, before.sizes.tolist(), strict=True)).index(("a", size)) for size in (10, 20))
     assert torch.equal(after.values[:, [ten, twenty]], before.values[:, [twenty, ten]])
